@@ -1,0 +1,81 @@
+"""The backbone: frames in, one hidden state per position out.
+
+A position is a frame of C + 1 columns, C audio codes and a text id last, with a mask saying which
+columns count. Its input is the masked sum of their embeddings (Sesame `Model._embed_tokens`): a text
+position is its text embedding, an audio position the sum of C code embeddings. The sums pass through
+the Llama stack; the normed hidden state h_t at the last position of the past both scores code 0 of the
+next frame (`codebook0_head`) and starts the decoder.
+
+    frames [B, T, C+1], mask  ->  embed [B, T, D]  ->  stack  ->  h [B, T, D]  ->  logits [B, T, V]
+
+The audio table has C·V rows, row codebook·V + code, and is the decoder's input table too.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from csm_jax import sharding
+from csm_jax.array_typing import Array, Bool, Float, Int
+from csm_jax.config import CSMConfig
+from csm_jax.llama import Stack, linear, parameter, project
+
+
+def embed_codes(
+    table: Float[Array, "R D"], codes: Int[Array, "*batch"], codebook: int | Int[Array, ""], vocab: int
+) -> Float[Array, "*batch D"]:
+    """Returns the rows of an audio table for codes of one codebook."""
+    rows = codes + codebook * vocab
+    return table.at[rows].get(
+        out_sharding=sharding.follow(codes, *range(codes.ndim), None)
+    )
+
+
+class Backbone(Stack):
+    """Embedding sum, Llama stack and the head of codebook 0."""
+
+    def __init__(self, config: CSMConfig):
+        super().__init__(config.backbone, heads_axis="heads")
+        dim = config.backbone.embed_dim
+        self.num_codebooks = config.num_codebooks
+        self.audio_vocab_size = config.audio_vocab_size
+        rows = config.num_codebooks * config.audio_vocab_size
+        self.text_embeddings = parameter(
+            (config.text_vocab_size, dim), ("vocab", "embed"), scale=dim**-0.5
+        )
+        self.audio_embeddings = parameter((rows, dim), ("vocab", "embed"), scale=dim**-0.5)
+        self.codebook0_head = linear(config.audio_vocab_size, dim, ("vocab", "embed"))
+
+    def embed(
+        self, frames: Int[Array, "B T C1"], mask: Bool[Array, "B T C1"]
+    ) -> Float[Array, "B T D"]:
+        """Returns the masked sum of each frame's embeddings, added in float32."""
+        table = self.audio_embeddings[...]
+        total = self._masked(self._text(frames[:, :, -1]), mask[:, :, -1])
+        # One gather per codebook, added as they come: gathering [B, T, C, D] first would hold 32
+        # times the activations.
+        for i in range(self.num_codebooks):
+            rows = embed_codes(table, frames[:, :, i], i, self.audio_vocab_size)
+            total = total + self._masked(rows, mask[:, :, i])
+        return total.astype(table.dtype)
+
+    def embed_audio(self, codes: Int[Array, "B C"]) -> Float[Array, "B 1 D"]:
+        """Returns the input of one audio frame: the sum of its code embeddings, added in float32."""
+        offsets = jnp.arange(self.num_codebooks) * self.audio_vocab_size
+        table = self.audio_embeddings[...]
+        rows = table.at[codes + offsets].get(
+            out_sharding=sharding.follow(codes, 0, None, None)
+        )
+        return rows.astype(jnp.float32).sum(axis=1, keepdims=True).astype(table.dtype)
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Returns the float32 scores of code 0 of the frame that follows each hidden state."""
+        return project(hidden, self.codebook0_head[...], float32=True)
+
+    def _text(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.text_embeddings[...].at[ids].get(
+            out_sharding=sharding.follow(ids, 0, 1, None)
+        )
+
+    def _masked(self, rows: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+        return jnp.where(mask[:, :, None], rows.astype(jnp.float32), 0.0)

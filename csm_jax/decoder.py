@@ -1,0 +1,81 @@
+"""The decoder: the codes 1..C-1 of one frame, one after another.
+
+It is a small Llama over C positions, started afresh for every frame:
+
+    position 0     projection(h), the backbone's hidden state
+    position p     projection(embedding of code p-1), p = 1 .. C-1
+    output at p    scored by audio_head[p-1], gives code p
+
+The last code is never fed back. Teacher-forced (`score`), all positions of many frames run at once;
+sampling (`csm_jax.model.sample_frame`) runs positions 0 and 1 together and then one at a time.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from csm_jax import sharding
+from csm_jax.array_typing import Array, Float, Int
+from csm_jax.backbone import embed_codes
+from csm_jax.config import CSMConfig
+from csm_jax.llama import Stack, linear, parameter, project
+
+
+class Decoder(Stack):
+    """Projection into the decoder's width, Llama stack and one head per codebook 1..C-1."""
+
+    def __init__(self, config: CSMConfig):
+        super().__init__(config.decoder, heads_axis="decoder_heads")
+        dim, backbone_dim = config.decoder.embed_dim, config.backbone.embed_dim
+        self.num_codebooks = config.num_codebooks
+        self.audio_vocab_size = config.audio_vocab_size
+        self.projection = linear(dim, backbone_dim, ("embed", "embed"))
+        self.audio_head = parameter(
+            (config.num_codebooks - 1, config.audio_vocab_size, dim),
+            ("codebook", "vocab", "embed"),
+            scale=dim**-0.5,
+        )
+        if not config.tie_codebooks_embeddings:
+            self.audio_embeddings = parameter(
+                (config.num_codebooks * config.audio_vocab_size, backbone_dim),
+                ("vocab", "embed"),
+                scale=backbone_dim**-0.5,
+            )
+
+    def logits(
+        self, y: Float[Array, "B E"], codebook: int | Int[Array, ""]
+    ) -> Float[Array, "B V"]:
+        """Returns the float32 scores of code `codebook` (1..C-1) from the output at that position."""
+        head = jax.lax.dynamic_index_in_dim(
+            self.audio_head[...], codebook - 1, axis=0, keepdims=False
+        )
+        return project(y, head, float32=True)
+
+    def score(
+        self,
+        hidden: Float[Array, "M D"],
+        codes: Int[Array, "M C"],
+        table: Float[Array, "R D"],
+    ) -> Float[Array, "M C_minus_1 V"]:
+        """Returns the float32 scores of codes 1..C-1 of `M` frames whose codes are given.
+
+        Args:
+            hidden: The backbone's hidden state before each frame.
+            codes: The frames' codes; the last is not read.
+            table: The audio embedding table the decoder reads.
+        """
+        inputs = [hidden] + [
+            embed_codes(table, codes[:, i], i, self.audio_vocab_size)
+            for i in range(self.num_codebooks - 1)
+        ]
+        x = project(jnp.stack(inputs, axis=1), self.projection[...])
+        y, _ = self.full(x)
+        return jnp.einsum(
+            "MCE,CVE->MCV",
+            y[:, 1:],
+            self.audio_head[...],
+            precision=jax.lax.Precision.HIGHEST if y.dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
+            out_sharding=sharding.follow(y, 0, None, None),
+        )

@@ -1,0 +1,265 @@
+"""The Llama block, shared by backbone and decoder.
+
+Per block, on the residual stream x [B, T, D]:
+
+    x = x + o_proj(attention(rope(q_proj(n)), rope(k_proj(n)), v_proj(n)))   with n = rms_norm(x)
+    x = x + w_down(silu(w_gate(n)) * w_up(n))                                with n = rms_norm(x)
+
+and one more rms_norm after the last block. Queries have N heads, keys and values K; query head
+n = k·G + g shares key head k. RoPE rotates half-pairs (i, i + H/2), as transformers does; layouts that
+store interleaved pairs are permuted where they are read (`csm_jax.weights.transforms`).
+
+Every projection is stored `[out, in]` and contracted on its last axis by `project`, the only owner of
+a matrix product with a weight. Norms, rotation, softmax and logits are float32 in every precision
+(torchtune `RMSNorm` and `Llama3ScaledRoPE` do the same; its softmax is the fused kernel's, also float32).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from csm_jax import kvcache, sharding
+from csm_jax.array_typing import Array, Bool, Float, Int
+from csm_jax.config import LlamaConfig
+from csm_jax.kvcache import KVCache
+
+
+def parameter(shape: tuple[int, ...], axes: tuple[str, ...], *, scale: float | None) -> nnx.Param:
+    """Returns a parameter's declaration: its shape, logical axes and initial scale, no data.
+
+    Args:
+        shape: Sizes, output axis first.
+        axes: A logical axis name (`csm_jax.sharding.RULES`) per size.
+        scale: Standard deviation of the random initial values; None for ones.
+    """
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes, init_scale=scale)
+
+
+def linear(out_dim: int, in_dim: int, axes: tuple[str, str]) -> nnx.Param:
+    """Returns the declaration of a projection `[out, in]` with fan-in scaling."""
+    return parameter((out_dim, in_dim), axes, scale=in_dim**-0.5)
+
+
+def project(
+    x: Float[Array, "*batch I"], w: Float[Array, "O I"], *, float32: bool = False
+) -> Float[Array, "*batch O"]:
+    """Returns `x @ w.T` in the dtype of `x`, or in float32 for logits.
+
+    float32 operands multiply in true float32 on every device: whoever asks for float32 wants the
+    reference's numbers, not TF32 or three bf16 passes.
+    """
+    dtype = jnp.float32 if float32 else x.dtype
+    exact = x.dtype == jnp.float32
+    return jnp.einsum(
+        "...i,oi->...o",
+        x,
+        w,
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=dtype,
+        out_sharding=_projected(x, w),
+    )
+
+
+def _projected(x: Array, w: Array) -> jax.sharding.PartitionSpec | None:
+    if not sharding.explicit_mesh():
+        return None
+    rows = jax.typeof(x).sharding.spec[: x.ndim - 1]
+    return jax.sharding.PartitionSpec(*rows, jax.typeof(w).sharding.spec[0])
+
+
+def rms_norm(
+    x: Float[Array, "B T D"], scale: Float[Array, "D"], *, eps: float
+) -> Float[Array, "B T D"]:
+    """Returns `x` divided by its root mean square in float32, cast back, times `scale`."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse).astype(x.dtype) * scale
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Returns the rotation per position of each half-pair, float32 `[H/2]`, with Llama-3 scaling.
+
+    Wavelengths longer than `old_context_len / low_freq_factor` are slowed by `scale_factor`, those
+    shorter than `old_context_len / high_freq_factor` are kept, and those between are interpolated
+    (Llama 3.1; torchtune `Llama3ScaledRoPE.apply_scaling`). It matters even at 32 positions.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = np.float32(1.0) / np.float32(config.rope_base) ** exponents
+    wavelengths = 2.0 * np.pi / frequencies.astype(np.float64)
+    smooth = (config.old_context_len / wavelengths - config.low_freq_factor) / (
+        config.high_freq_factor - config.low_freq_factor
+    )
+    smooth = np.clip(smooth, 0.0, 1.0)
+    scaled = frequencies / config.scale_factor
+    return ((1.0 - smooth) * scaled + smooth * frequencies).astype(np.float32)
+
+
+def rope(
+    x: Float[Array, "B T K G H"],
+    positions: Int[Array, "B T"] | Int[Array, "1 T"],
+    *,
+    config: LlamaConfig,
+) -> Float[Array, "B T K G H"]:
+    """Returns `x` with half-pair (i, i + H/2) rotated by `position · frequency_i`, in float32."""
+    frequencies = jnp.asarray(rope_frequencies(config))
+    angles = positions.astype(jnp.float32)[:, :, None, None, None] * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Bool[Array, "#B T S"],
+) -> Float[Array, "B T K G H"]:
+    """Returns softmax(q·k / sqrt(H)) · v over the positions where `mask` holds, softmax in float32."""
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    scores = jnp.einsum(
+        "BTKGH,BKSH->BKGTS", q, k, precision=precision, preferred_element_type=jnp.float32
+    )
+    scores = scores * (q.shape[-1] ** -0.5)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v, precision=precision)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention."""
+
+    def __init__(self, config: LlamaConfig, *, heads_axis: str):
+        queries = config.num_heads * config.head_dim
+        keys = config.num_kv_heads * config.head_dim
+        self.config = config
+        self.q_proj = linear(queries, config.embed_dim, (heads_axis, "embed"))
+        self.k_proj = linear(keys, config.embed_dim, (heads_axis, "embed"))
+        self.v_proj = linear(keys, config.embed_dim, (heads_axis, "embed"))
+        self.o_proj = linear(config.embed_dim, queries, ("embed", heads_axis))
+
+    def qkv(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | Int[Array, "1 T"]
+    ) -> tuple[
+        Float[Array, "B T K G H"], Float[Array, "B K T H"], Float[Array, "B K T H"]
+    ]:
+        """Returns rotated queries, rotated keys and values."""
+        c = self.config
+        groups = c.num_heads // c.num_kv_heads
+        q = _split_heads(project(x, self.q_proj[...]), c.num_kv_heads, groups, c.head_dim)
+        k = _split_heads(project(x, self.k_proj[...]), c.num_kv_heads, 1, c.head_dim)
+        v = _split_heads(project(x, self.v_proj[...]), c.num_kv_heads, 1, c.head_dim)
+        q, k = rope(q, positions, config=c), rope(k, positions, config=c)
+        return q, jnp.swapaxes(k[:, :, :, 0], 1, 2), jnp.swapaxes(v[:, :, :, 0], 1, 2)
+
+    def out(self, heads: Float[Array, "B T K G H"]) -> Float[Array, "B T D"]:
+        """Returns the heads joined and projected back to the residual stream."""
+        b, t, k, g, h = heads.shape
+        joined = jnp.reshape(heads, (b, t, k * g * h), out_sharding=sharding.follow(heads, 0, 1, 2))
+        return project(joined, self.o_proj[...])
+
+
+def _split_heads(x_BTI: Array, kv_heads: int, groups: int, head_dim: int) -> Array:
+    b, t, _ = x_BTI.shape
+    spec = sharding.follow(x_BTI, 0, 1, 2, None, None)
+    return jnp.reshape(x_BTI, (b, t, kv_heads, groups, head_dim), out_sharding=spec)
+
+
+class MLP(nnx.Module):
+    """The SiLU-gated feed-forward layer, without biases."""
+
+    def __init__(self, config: LlamaConfig):
+        self.w_gate = linear(config.intermediate_dim, config.embed_dim, ("mlp", "embed"))
+        self.w_up = linear(config.intermediate_dim, config.embed_dim, ("mlp", "embed"))
+        self.w_down = linear(config.embed_dim, config.intermediate_dim, ("embed", "mlp"))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate = jax.nn.silu(project(x, self.w_gate[...]))
+        return project(gate * project(x, self.w_up[...]), self.w_down[...])
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: LlamaConfig, *, heads_axis: str):
+        self.eps = config.norm_eps
+        self.attn_norm = parameter((config.embed_dim,), ("norm",), scale=None)
+        self.attn = Attention(config, heads_axis=heads_axis)
+        self.mlp_norm = parameter((config.embed_dim,), ("norm",), scale=None)
+        self.mlp = MLP(config)
+
+    def qkv(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | Int[Array, "1 T"]
+    ) -> tuple[
+        Float[Array, "B T K G H"], Float[Array, "B K T H"], Float[Array, "B K T H"]
+    ]:
+        """Returns what the normed stream attends with."""
+        return self.attn.qkv(rms_norm(x, self.attn_norm[...], eps=self.eps), positions)
+
+    def rest(
+        self, x: Float[Array, "B T D"], heads: Float[Array, "B T K G H"]
+    ) -> Float[Array, "B T D"]:
+        """Returns the block's output, given what attention returned."""
+        x = x + self.attn.out(heads)
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], eps=self.eps))
+
+
+class Stack(nnx.Module):
+    """The blocks and the final norm, unrolled: scanning over layers would copy weights and cache."""
+
+    def __init__(self, config: LlamaConfig, *, heads_axis: str):
+        self.config = config
+        self.layers = nnx.Dict(
+            {str(i): Block(config, heads_axis=heads_axis) for i in range(config.num_layers)}
+        )
+        self.final_norm = parameter((config.embed_dim,), ("norm",), scale=None)
+
+    def blocks(self) -> list[Block]:
+        """Returns the blocks in order."""
+        return [self.layers[str(i)] for i in range(self.config.num_layers)]
+
+    def full(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T D"], tuple[tuple[Array, ...], tuple[Array, ...]]]:
+        """Returns the normed outputs of whole rows, and every layer's keys and values.
+
+        Causal, positions 0..T-1. Rows are padded on the right, so padding is never attended to by
+        a real position.
+
+        Returns:
+            The outputs `[B, T, D]`, and (keys, values), each a tuple of `[B, K, T, H]` per layer.
+        """
+        steps = jnp.arange(x.shape[1])
+        causal = (steps[None, :] <= steps[:, None])[None]
+        keys, values = [], []
+        for block in self.blocks():
+            q, k, v = block.qkv(x, steps[None])
+            x = block.rest(x, attend(q, k, v, causal))
+            keys.append(k)
+            values.append(v)
+        y = rms_norm(x, self.final_norm[...], eps=self.config.norm_eps)
+        return y, (tuple(keys), tuple(values))
+
+    def step(
+        self, x: Float[Array, "B T D"], cache: KVCache, *, window: int
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Returns the normed outputs of the next `T` positions, and the cache holding them.
+
+        The cache's length is left as it is: `kvcache.advance` says which rows moved.
+
+        Args:
+            x: Inputs at positions length..length+T-1 of each row.
+            cache: Keys and values so far.
+            window: Static number of leading positions to read; at least the longest row + T.
+        """
+        positions = jnp.atleast_1d(cache.length)[:, None] + jnp.arange(x.shape[1])[None]
+        mask = kvcache.mask(cache, num_steps=x.shape[1], window=window)
+        for i, block in enumerate(self.blocks()):
+            q, k, v = block.qkv(x, positions)
+            cache = kvcache.append(cache, i, k, v)
+            heads = attend(q, cache.k[i][:, :, :window], cache.v[i][:, :, :window], mask)
+            x = block.rest(x, heads)
+        return rms_norm(x, self.final_norm[...], eps=self.config.norm_eps), cache

@@ -1,0 +1,158 @@
+"""How a code is drawn from its scores: the only owner of randomness.
+
+Selection is `argmax(log p + gumbel)` with the noise passed in. Sesame's `argmax(p / q)` with
+`q ~ Exp(1)` is the same draw with gumbel = -log q, so the reference's noise can be replayed here.
+
+Every request has a key of its own, and the noise of a code is a function of (key, frame, codebook)
+alone: a row's codes depend neither on its slot, nor on its neighbours, nor on how many frames are made per
+call. Sampling parameters are arrays with one value per row: a new temperature never recompiles.
+
+Filters apply in transformers' order: temperature, top-k, top-p, min-p. Codes Mimi cannot decode
+(2,048 and up) are removed before all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from csm_jax.array_typing import Array, Float, Int, Key, UInt, pytree
+
+
+@pytree
+class SamplingParams:
+    """Sampling settings of a batch, one value per row.
+
+    Attributes:
+        temperature: Divides the scores; 0 picks the best code and ignores the rest.
+        top_k: Codes kept, best first, ties with the last one included; 0 keeps all.
+        top_p: Smallest probability mass kept, best codes first; 1 keeps all.
+        min_p: Codes less likely than this fraction of the best one are dropped; 0 keeps all.
+    """
+
+    temperature: Float[Array, "B"]
+    top_k: Int[Array, "B"]
+    top_p: Float[Array, "B"]
+    min_p: Float[Array, "B"]
+
+
+def sampling_params(
+    *,
+    temperature: Sequence[float],
+    top_k: Sequence[int],
+    top_p: Sequence[float],
+    min_p: Sequence[float],
+) -> SamplingParams:
+    """Returns checked per-row settings, each argument with one value per row.
+
+    Raises:
+        ValueError: A value is out of range or not finite, or the lengths differ.
+    """
+    rows = len(temperature)
+    if not len(top_k) == len(top_p) == len(min_p) == rows:
+        raise ValueError(
+            f"sampling settings of {rows} temperatures, {len(top_k)} top_k, {len(top_p)} top_p and "
+            f"{len(min_p)} min_p: one of each per row is needed"
+        )
+    for value in temperature:
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {value}")
+    for value in top_k:
+        if isinstance(value, bool) or int(value) != value or value < 0:
+            raise ValueError(f"top_k must be 0 (all codes) or a positive integer, got {value}")
+    for value in top_p:
+        if not 0 < value <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {value}")
+    for value in min_p:
+        if not 0 <= value <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {value}")
+    return SamplingParams(
+        temperature=jnp.asarray(np.asarray(temperature, np.float32)),
+        top_k=jnp.asarray(np.asarray(top_k, np.int32)),
+        top_p=jnp.asarray(np.asarray(top_p, np.float32)),
+        min_p=jnp.asarray(np.asarray(min_p, np.float32)),
+    )
+
+
+def request_keys(seeds: Sequence[int]) -> UInt[Array, "B 2"]:
+    """Returns the raw key of each request, a function of its seed alone.
+
+    The threefry generator is named, so a seed means the same codes on every device and JAX version.
+
+    Raises:
+        ValueError: A seed is not an integer in [0, 2**64).
+    """
+    rows = np.zeros((len(seeds), 2), np.uint32)
+    for row, seed in zip(rows, seeds, strict=True):
+        if isinstance(seed, bool) or int(seed) != seed or not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
+        row[:] = int(seed) >> 32, int(seed) & 0xFFFFFFFF
+    return jnp.asarray(rows)
+
+
+def frame_keys(keys: UInt[Array, "B 2"], frame: Int[Array, "B"]) -> Key[Array, "B"]:
+    """Returns the key of each row's frame, counted from the first generated one."""
+    return jax.vmap(
+        lambda key, n: jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), n)
+    )(keys, frame)
+
+
+def gumbel(
+    keys: Key[Array, "B"], codebook: int | Int[Array, ""], *, num_codes: int
+) -> Float[Array, "B V"]:
+    """Returns the noise for one codebook of each row's frame."""
+    return jax.vmap(
+        lambda key: jax.random.gumbel(jax.random.fold_in(key, codebook), (num_codes,), jnp.float32)
+    )(keys)
+
+
+def filter_logits(
+    logits: Float[Array, "B V"], params: SamplingParams, *, codebook_size: int
+) -> Float[Array, "B V"]:
+    """Returns the scores over temperature, -inf where a code may not be drawn.
+
+    Args:
+        logits: Scores of all V codes.
+        params: One setting per row; at temperature 0 the scores are not divided.
+        codebook_size: Codes at or beyond it are removed first.
+    """
+    codes = jnp.arange(logits.shape[-1])
+    logits = jnp.where(codes < codebook_size, logits.astype(jnp.float32), -jnp.inf)
+    greedy = params.temperature == 0
+    scores = logits / jnp.where(greedy, 1.0, params.temperature)[:, None]
+
+    ranked = -jnp.sort(-scores, axis=-1)  # best first
+    keep = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, codebook_size), codebook_size)
+    kth = jnp.take_along_axis(ranked, keep[:, None] - 1, axis=-1)
+
+    # top-p over what top-k left: a code stays while the mass before it is below top_p. The sum runs
+    # over the sorted scores, so ties at the k-th value are counted once each, as in transformers.
+    best = ranked[:, :1]
+    mass = jnp.where(ranked >= kth, jnp.exp(ranked - best), 0.0)
+    mass = mass / mass.sum(axis=-1, keepdims=True)
+    before = jnp.cumsum(mass, axis=-1) - mass
+    stays = (before < params.top_p[:, None]) & (ranked >= kth)
+    pth = jnp.min(jnp.where(stays, ranked, jnp.inf), axis=-1, keepdims=True)
+
+    mth = best + jnp.log(params.min_p)[:, None]
+    return jnp.where(scores >= jnp.maximum(jnp.maximum(kth, pth), mth), scores, -jnp.inf)
+
+
+def choose(
+    logits: Float[Array, "B V"],
+    noise: Float[Array, "B V"],
+    params: SamplingParams,
+    *,
+    codebook_size: int,
+) -> Int[Array, "B"]:
+    """Returns one code per row, below `codebook_size`: the best after the noise is added.
+
+    At temperature 0 the noise is left out, and the lowest of equally good codes wins.
+    """
+    scores = filter_logits(logits, params, codebook_size=codebook_size)
+    noise = jnp.where((params.temperature == 0)[:, None], 0.0, noise)
+    return jnp.argmax(scores + noise, axis=-1).astype(jnp.int32)

@@ -1,0 +1,85 @@
+"""Where parameters and states live on a mesh: logical axis names to mesh axes.
+
+Every parameter names its axes logically beside its shape (`heads`, `mlp`, ...); `RULES` is the one
+table that says which mesh axis each of them is split over. Under `jax.set_mesh` with explicit axes the
+activations follow from the parameters and the batch: `csm_jax.llama.project` derives the sharding of
+its result from its operands, so the model code names no mesh axis at all.
+
+Without a mesh, or under a mesh of automatic axes, every function here returns None and the same code
+runs on one device or is partitioned by the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from csm_jax.array_typing import Array
+
+RULES: Mapping[str, str | None] = {
+    "batch": "data",
+    "heads": "tensor",  # backbone query heads, and the key/value heads they share
+    "mlp": "tensor",
+    # The decoder has 2 key/value heads in CSM-1B: too few to split, and only 9 % of its weights.
+    "decoder_heads": None,
+    # 2,051 audio codes divide by nothing useful, and replicated tables make a gather local.
+    "vocab": None,
+    "codebook": None,
+    "embed": None,
+    "norm": None,
+}
+"""Logical axis name to mesh axis; None keeps the axis whole."""
+
+
+def explicit_mesh() -> bool:
+    """Returns whether a mesh of explicit axes is set (`with jax.set_mesh(jax.make_mesh(...))`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
+
+
+def spec(*axes: str | None) -> P | None:
+    """Returns the partition of an array with these logical axes, or None without an explicit mesh.
+
+    Raises:
+        KeyError: An axis name is not in `RULES`.
+    """
+    if not explicit_mesh():
+        return None
+    return _partition(axes, jax.sharding.get_abstract_mesh().axis_names)
+
+
+def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """Returns the placement on `mesh` of an array with these logical axes.
+
+    Raises:
+        KeyError: An axis name is not in `RULES`.
+    """
+    return NamedSharding(mesh, _partition(axes, mesh.axis_names))
+
+
+def _partition(axes: tuple[str | None, ...], mesh_axes: tuple[str, ...]) -> P:
+    resolved = [None if axis is None else RULES[axis] for axis in axes]
+    return P(*(axis if axis in mesh_axes else None for axis in resolved))
+
+
+def follow(x: Array, *axes: int | str | None) -> P | None:
+    """Returns a partition built from that of `x`, or None without an explicit mesh.
+
+    Args:
+        x: The array to follow.
+        axes: Per axis of the result: an int takes the mesh axis of that axis of `x`, a name is
+            looked up in `RULES`, None keeps the axis whole.
+    """
+    if not explicit_mesh():
+        return None
+    mine = jax.typeof(x).sharding.spec
+    names = jax.sharding.get_abstract_mesh().axis_names
+    return P(
+        *(
+            mine[axis] if isinstance(axis, int) else _partition((axis,), names)[0]
+            for axis in axes
+        )
+    )
