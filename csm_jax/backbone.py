@@ -22,13 +22,14 @@ from csm_jax.llama import Stack, linear, parameter, project
 
 
 def embed_codes(
-    table: Float[Array, "R D"], codes: Int[Array, "*batch"], codebook: int | Int[Array, ""], vocab: int
+    table: Float[Array, "R D"],
+    codes: Int[Array, "*batch"],
+    codebook: int | Int[Array, ""],
+    vocab: int,
 ) -> Float[Array, "*batch D"]:
     """Returns the rows of an audio table for codes of one codebook."""
     rows = codes + codebook * vocab
-    return table.at[rows].get(
-        out_sharding=sharding.follow(codes, *range(codes.ndim), None)
-    )
+    return table.at[rows].get(out_sharding=sharding.follow(codes, *range(codes.ndim), None))
 
 
 class Backbone(Stack):
@@ -63,9 +64,7 @@ class Backbone(Stack):
         """Returns the input of one audio frame: the sum of its code embeddings, added in float32."""
         offsets = jnp.arange(self.num_codebooks) * self.audio_vocab_size
         table = self.audio_embeddings[...]
-        rows = table.at[codes + offsets].get(
-            out_sharding=sharding.follow(codes, 0, None, None)
-        )
+        rows = table.at[codes + offsets].get(out_sharding=sharding.follow(codes, 0, None, None))
         return rows.astype(jnp.float32).sum(axis=1, keepdims=True).astype(table.dtype)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
@@ -73,9 +72,9 @@ class Backbone(Stack):
         return project(hidden, self.codebook0_head[...], float32=True)
 
     def _text(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.text_embeddings[...].at[ids].get(
-            out_sharding=sharding.follow(ids, 0, 1, None)
-        )
+        return self.text_embeddings[...].at[ids].get(out_sharding=sharding.follow(ids, 0, 1, None))
 
-    def _masked(self, rows: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+    def _masked(
+        self, rows: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
         return jnp.where(mask[:, :, None], rows.astype(jnp.float32), 0.0)

@@ -67,7 +67,9 @@ class LlamaConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-                raise ValueError(f"LlamaConfig.{field.name} must be a positive number, got {value!r}")
+                raise ValueError(
+                    f"LlamaConfig.{field.name} must be a positive number, got {value!r}"
+                )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
@@ -326,7 +328,9 @@ def _from_transformers(data: Mapping[str, Any]) -> CSMConfig:
         )
     codec = data.get("codec_config") or {}
     return CSMConfig(
-        backbone=_read_transformers_llama(data, max_seq_len=_required(data, "max_position_embeddings")),
+        backbone=_read_transformers_llama(
+            data, max_seq_len=_required(data, "max_position_embeddings")
+        ),
         decoder=_read_transformers_llama(depth, max_seq_len=num_codebooks),
         text_vocab_size=_required(data, "text_vocab_size"),
         audio_vocab_size=audio_vocab_size,
@@ -358,7 +362,9 @@ def _read_transformers_llama(data: Mapping[str, Any], *, max_seq_len: int) -> Ll
         intermediate_dim=_required(data, "intermediate_size"),
         max_seq_len=max_seq_len,
         norm_eps=_required(data, "rms_norm_eps"),
-        rope_base=float(rope["rope_theta"] if "rope_theta" in rope else _required(data, "rope_theta")),
+        rope_base=float(
+            rope["rope_theta"] if "rope_theta" in rope else _required(data, "rope_theta")
+        ),
         scale_factor=float(_required(rope, "factor")),
         low_freq_factor=1.0,
         high_freq_factor=_required(rope, "high_freq_factor") / low,
@@ -428,3 +434,12 @@ def _write_transformers_llama(sizes: LlamaConfig) -> dict[str, Any]:
         "rope_scaling": rope,
         "rope_parameters": {**rope, "rope_theta": sizes.rope_base},
     }
+
+
+def default_dtype(platform: str) -> Dtype:
+    """Returns the dtype of weights and activations on a JAX platform when none is asked for.
+
+    bfloat16 on accelerators, as Sesame runs the model; float32 on CPU, where XLA multiplies bfloat16
+    matrices by vectors many times slower than float32 ones, and where parity is checked.
+    """
+    return "float32" if platform == "cpu" else "bfloat16"

@@ -43,9 +43,7 @@ class Decoder(Stack):
                 scale=backbone_dim**-0.5,
             )
 
-    def logits(
-        self, y: Float[Array, "B E"], codebook: int | Int[Array, ""]
-    ) -> Float[Array, "B V"]:
+    def logits(self, y: Float[Array, "B E"], codebook: int | Int[Array, ""]) -> Float[Array, "B V"]:
         """Returns the float32 scores of code `codebook` (1..C-1) from the output at that position."""
         head = jax.lax.dynamic_index_in_dim(
             self.audio_head[...], codebook - 1, axis=0, keepdims=False

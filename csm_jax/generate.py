@@ -172,9 +172,7 @@ def prefill(
         return Prefix(k=keys, v=values, length=length, hidden=hidden)
 
 
-def init_state(
-    config: CSMConfig, *, batch: int, capacity: int, dtype: jnp.dtype
-) -> DecodeState:
+def init_state(config: CSMConfig, *, batch: int, capacity: int, dtype: jnp.dtype) -> DecodeState:
     """Returns `batch` empty slots of `capacity` positions."""
     rows = sharding.spec("batch")
 
@@ -284,7 +282,9 @@ def generate_frames(
             x = model.backbone.embed_audio(codes)
             y, cache = model.backbone.step(x, state.cache, window=window)
         frame = state.frame + valid
-        status = jnp.where(valid & (frame >= state.settings.max_frames), Status.LENGTH, state.status)
+        status = jnp.where(
+            valid & (frame >= state.settings.max_frames), Status.LENGTH, state.status
+        )
         status = jnp.where(ended, Status.EOS, status)
         status = jnp.where(failed, Status.ERROR, status)
         state = DecodeState(

@@ -96,14 +96,14 @@ def append(
         if cache.length.ndim == 0:
             return jax.lax.dynamic_update_slice(into, new, (zero, zero, cache.length, zero))
         return jax.vmap(
-            lambda row, update, start: jax.lax.dynamic_update_slice(row, update, (zero, start, zero))
+            lambda row, update, start: jax.lax.dynamic_update_slice(
+                row, update, (zero, start, zero)
+            )
         )(into, new, cache.length)
 
-    return KVCache(
-        k=cache.k[:layer] + (write(cache.k[layer], k),) + cache.k[layer + 1 :],
-        v=cache.v[:layer] + (write(cache.v[layer], v),) + cache.v[layer + 1 :],
-        length=cache.length,
-    )
+    keys, values = list(cache.k), list(cache.v)
+    keys[layer], values[layer] = write(keys[layer], k), write(values[layer], v)
+    return KVCache(k=tuple(keys), v=tuple(values), length=cache.length)
 
 
 def advance(cache: KVCache, steps: Int[Array, "B"] | int) -> KVCache:

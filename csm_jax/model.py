@@ -72,8 +72,9 @@ def _tree_difference(params: Params, shapes: Params) -> str:
     )
 
 
-def _variables(config: CSMConfig) -> list[tuple[tuple[str, ...], nnx.Param]]:
-    return list(nnx.to_flat_state(_declaration(config)[2]))
+def _variables(config: CSMConfig) -> list[tuple[tuple[str, ...], Any]]:
+    flat = nnx.to_flat_state(_declaration(config)[2])
+    return [(tuple(str(part) for part in path), leaf) for path, leaf in flat]
 
 
 def param_shapes(config: CSMConfig) -> Params:
@@ -186,9 +187,7 @@ def sample_frame(
     """
     config, decoder = model.config, model.decoder
 
-    def draw(
-        logits: Array, codebook: int | Array, settings: SamplingParams
-    ) -> tuple[Array, Array]:
+    def draw(logits: Array, codebook: int | Array, settings: SamplingParams) -> tuple[Array, Array]:
         with jax.named_scope("sample"):
             noise = gumbel(keys, codebook, num_codes=config.audio_vocab_size)
             code = choose(logits, noise, settings, codebook_size=config.codebook_size)

@@ -78,8 +78,5 @@ def follow(x: Array, *axes: int | str | None) -> P | None:
     mine = jax.typeof(x).sharding.spec
     names = jax.sharding.get_abstract_mesh().axis_names
     return P(
-        *(
-            mine[axis] if isinstance(axis, int) else _partition((axis,), names)[0]
-            for axis in axes
-        )
+        *(mine[axis] if isinstance(axis, int) else _partition((axis,), names)[0] for axis in axes)
     )

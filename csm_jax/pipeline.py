@@ -1,0 +1,362 @@
+"""Text to speech: prompt -> frames -> codec -> watermark, for one utterance, a batch or a stream.
+
+`Generator` keeps the signature of Sesame's (`generator.py`) and adds seeds, batches and streams. It is
+a host loop around `csm_jax.generate`; nothing here touches a model's insides. Audio is numpy float32
+`[W]` at 24 kHz. The watermark is on unless it is turned off by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from csm_jax import config as csm_config
+from csm_jax.batch import Progress, Request, Speech, StaticBatch, row_settings
+from csm_jax.config import CSMConfig, Dtype
+from csm_jax.generate import Status
+from csm_jax.prompt import EncodeCache, Prompt, Segment, TextTokenizer, build_prompt
+from csm_jax.watermark_key import DEFAULT_KEY, check_key
+
+if TYPE_CHECKING:
+    from csm_jax.array_typing import Params
+    from csm_jax.codec import Codec
+
+
+@runtime_checkable  # the tests check annotations at run time
+class Watermarker(Protocol):
+    """What embeds the watermark; `csm_jax.bridge.watermark.TorchWatermarker` is one."""
+
+    def embed(self, audio: np.ndarray, sample_rate: int, key: Sequence[int]) -> np.ndarray:
+        """Returns the marked audio, same length and rate."""
+        ...
+
+    def open_stream(self, sample_rate: int, key: Sequence[int]) -> WatermarkStream:
+        """Returns a marker of audio that arrives in pieces."""
+        ...
+
+
+@runtime_checkable  # the tests check annotations at run time
+class WatermarkStream(Protocol):
+    """Marks audio piece by piece; holds some back until its window is complete."""
+
+    def push(self, audio: np.ndarray) -> np.ndarray:
+        """Returns the marked audio that is ready, after taking one more piece."""
+        ...
+
+    def flush(self) -> np.ndarray:
+        """Returns the rest."""
+        ...
+
+
+class GenerationError(RuntimeError):
+    """Some utterances failed; the others are kept.
+
+    Attributes:
+        audios: Per request its audio, None where it failed.
+        failed: Indices of the requests that failed.
+    """
+
+    def __init__(self, message: str, audios: list[np.ndarray | None], failed: list[int]):
+        super().__init__(message)
+        self.audios = audios
+        self.failed = failed
+
+
+class Generator:
+    """Speaks text with one model, tokenizer, codec and watermark."""
+
+    def __init__(
+        self,
+        *,
+        config: CSMConfig,
+        params: Params,
+        tokenizer: TextTokenizer,
+        codec: Codec,
+        watermarker: Watermarker | None,
+        watermark_key: Sequence[int] = DEFAULT_KEY,
+    ):
+        """Builds a generator from its parts; `load_csm_1b` finds and loads them.
+
+        Args:
+            config: Sizes.
+            params: Weights on their devices.
+            tokenizer: Text to ids.
+            codec: Audio to codes and back.
+            watermarker: None leaves the audio unmarked.
+            watermark_key: Five bytes.
+        """
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+        self.codec = codec
+        self.watermarker = watermarker
+        self.watermark_key = check_key(watermark_key)
+        self._encoder = EncodeCache(codec)
+        self.sample_rate = codec.sample_rate
+
+    def generate(
+        self,
+        text: str,
+        speaker: int,
+        context: Sequence[Segment] = (),
+        max_audio_length_ms: float = 90_000,
+        temperature: float = 0.9,
+        topk: int = 50,
+        *,
+        on_progress: Progress | None = None,
+        **options: float | int | bool | None,
+    ) -> np.ndarray:
+        """Returns one utterance, float32 `[W]` at `sample_rate`; empty if the model ends at once.
+
+        Args:
+            text: What to say.
+            speaker: Speaker id.
+            context: Earlier turns, oldest first.
+            max_audio_length_ms: Longest audio.
+            temperature: 0 is greedy.
+            topk: Codes kept at each draw.
+            on_progress: Called after every chunk.
+            options: The other fields of `Request`: `seed`, `top_p`, `min_p`, ...
+
+        Raises:
+            ValueError: Bad input, or a context that leaves no room (the message has the numbers).
+            GenerationError: The model's scores were not finite.
+        """
+        request = Request(
+            text=text,
+            speaker=speaker,
+            context=context,
+            max_audio_length_ms=max_audio_length_ms,
+            temperature=temperature,
+            topk=topk,
+            **options,  # pyright: ignore[reportArgumentType]
+        )
+        return self.generate_batch([request], on_progress=on_progress)[0]
+
+    def generate_batch(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_size: int = 32,
+        on_progress: Progress | None = None,
+    ) -> list[np.ndarray]:
+        """Returns one utterance per request, each as if it had been made alone.
+
+        Args:
+            requests: What to say; contexts, seeds, settings and lengths may all differ.
+            batch_size: Most rows at a time; longer lists run in groups of this size.
+            on_progress: Called after every chunk with the frames of the longest row of the group.
+
+        Raises:
+            ValueError: Bad input in any request, before anything is generated.
+            GenerationError: Scores of some requests were not finite; it holds the others' audio.
+        """
+        speeches = self.generate_codes(requests, batch_size=batch_size, on_progress=on_progress)
+        audios = self._decode_all(speeches)
+        finished = [audio for audio in audios if audio is not None]
+        if len(finished) == len(audios):
+            return finished
+        failed = [i for i, audio in enumerate(audios) if audio is None]
+        raise GenerationError(
+            f"the model's scores were not finite for requests {failed} (first at frame "
+            f"{len(speeches[failed[0]].codes)}): check the weights, or use float32",
+            audios,
+            failed,
+        )
+
+    def generate_codes(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_size: int = 32,
+        on_progress: Progress | None = None,
+    ) -> list[Speech]:
+        """Returns the codes of each request and why it ended, without decoding to audio.
+
+        Raises:
+            ValueError: Bad input in any request, before anything is generated.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        prompts = [self._prompt(request) for request in requests]
+        speeches: list[Speech] = []
+        for start in range(0, len(requests), batch_size):
+            group = slice(start, start + batch_size)
+            batch = StaticBatch(
+                self.config,
+                self.params,
+                requests[group],
+                prompts[group],
+                rows=min(batch_size, len(requests)),
+            )
+            speeches += batch.speeches(on_progress)
+        return speeches
+
+    def stream(
+        self,
+        text: str,
+        speaker: int,
+        context: Sequence[Segment] = (),
+        max_audio_length_ms: float = 90_000,
+        temperature: float = 0.9,
+        topk: int = 50,
+        *,
+        chunk_frames: int = 6,
+        **options: float | int | bool | None,
+    ) -> Iterator[np.ndarray]:
+        """Yields one utterance piece by piece, float32 at `sample_rate`, as it is made.
+
+        The codes are those of `generate` with the same arguments. With the watermark on, the first
+        piece waits until one window of the watermark is complete.
+
+        Args:
+            text: What to say.
+            speaker: Speaker id.
+            context: Earlier turns, oldest first.
+            max_audio_length_ms: Longest audio.
+            temperature: 0 is greedy.
+            topk: Codes kept at each draw.
+            chunk_frames: Frames (80 ms each) made between two pieces.
+            options: The other fields of `Request`.
+
+        Raises:
+            ValueError: Bad input, raised by this call and not by the first `next`.
+            GenerationError: The scores were not finite; pieces before it are good.
+        """
+        if chunk_frames < 1:
+            raise ValueError(f"chunk_frames must be at least 1, got {chunk_frames}")
+        request = Request(
+            text=text,
+            speaker=speaker,
+            context=context,
+            max_audio_length_ms=max_audio_length_ms,
+            temperature=temperature,
+            topk=topk,
+            **options,  # pyright: ignore[reportArgumentType]
+        )
+        batch = StaticBatch(self.config, self.params, [request], [self._prompt(request)], rows=1)
+        return self._stream(batch, chunk_frames)
+
+    def _stream(self, batch: StaticBatch, chunk_frames: int) -> Iterator[np.ndarray]:
+        marker = (
+            self.watermarker.open_stream(self.sample_rate, self.watermark_key)
+            if self.watermarker is not None
+            else None
+        )
+        with self.codec.open_stream() as decoder:
+            for codes, valid, status in batch.run(chunk_frames, None):
+                kept = codes[0, valid[0]]
+                if len(kept):
+                    audio = decoder.decode(kept)
+                    audio = audio if marker is None else marker.push(audio)
+                    if len(audio):
+                        yield audio
+                if status[0] == Status.ERROR:
+                    raise GenerationError(
+                        "the model's scores were not finite: check the weights, or use float32",
+                        [None],
+                        [0],
+                    )
+        rest = marker.flush() if marker is not None else np.zeros(0, np.float32)
+        if len(rest):
+            yield rest
+
+    def _decode_all(self, speeches: Sequence[Speech]) -> list[np.ndarray | None]:
+        kept = [i for i, speech in enumerate(speeches) if speech.finish_reason != "error"]
+        audios: list[np.ndarray | None] = [None] * len(speeches)
+        for i in kept:
+            audios[i] = np.zeros(0, np.float32)
+        spoken = [i for i in kept if len(speeches[i].codes)]
+        decoded = self.codec.decode_batch([speeches[i].codes for i in spoken]) if spoken else []
+        for i, audio in zip(spoken, decoded, strict=True):
+            audios[i] = self._mark(audio)
+        return audios
+
+    def _mark(self, audio: np.ndarray) -> np.ndarray:
+        if self.watermarker is None:
+            return audio
+        return self.watermarker.embed(audio, self.sample_rate, self.watermark_key)
+
+    def _prompt(self, request: Request) -> Prompt:
+        row_settings([request])  # bad settings are an error before any work
+        return build_prompt(
+            self.tokenizer,
+            self._encoder,
+            context=request.context,
+            text=request.text,
+            speaker=request.speaker,
+            config=self.config,
+            max_frames=request.max_frames,
+            truncate_context=request.truncate_context,
+        )
+
+
+def load_csm_1b(
+    source: str | Path = "sesame/csm-1b",
+    *,
+    dtype: Dtype | None = None,
+    layout: str | None = None,
+    watermark: bool = True,
+    watermark_key: Sequence[int] = DEFAULT_KEY,
+) -> Generator:
+    """Returns a ready generator.
+
+    Compiled programs are kept in a persistent cache (`CSM_JAX_CACHE_DIR`, by default
+    `~/.cache/csm_jax`), unless JAX has one configured already.
+
+    Args:
+        source: A hub id, a directory holding everything, or a checkpoint file.
+        dtype: Of weights and activations; by default bfloat16, on CPU float32.
+        layout: The checkpoint's layout where its names cannot tell (`csm-hf` or `csm-mlx`).
+        watermark: False leaves the audio unmarked.
+        watermark_key: Five bytes; the default is Sesame's public key.
+
+    Raises:
+        FileNotFoundError: A file is missing; the message says how to get it.
+        ValueError: A file is damaged, or does not belong to the model.
+        ImportError: The torch bridge is not installed; the message has the command.
+    """
+    if str(source) in ("cuda", "cpu", "mps", "gpu", "tpu"):
+        raise ValueError(
+            f"load_csm_1b's first argument is the model, not a device ({source!r}): "
+            "JAX takes the accelerator it finds; set JAX_PLATFORMS to choose"
+        )
+    # Imported here: torch and the hub client are needed to load, not to define.
+    from csm_jax import hub, weights
+    from csm_jax.bridge.mimi import TorchMimi
+
+    enable_compilation_cache()
+    files = hub.locate(source)
+    watermarker = None
+    if watermark:
+        from csm_jax.bridge.watermark import TorchWatermarker
+
+        watermarker = TorchWatermarker.from_dir(files.watermark_dir())
+    tokenizer = TextTokenizer.from_file(files.tokenizer())
+    config, params = weights.load_checkpoint(
+        files.checkpoint,
+        layout=layout,
+        dtype=dtype or csm_config.default_dtype(jax.default_backend()),
+    )
+    return Generator(
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        codec=TorchMimi.from_file(files.mimi(), num_codebooks=config.num_codebooks),
+        watermarker=watermarker,
+        watermark_key=watermark_key,
+    )
+
+
+def enable_compilation_cache() -> None:
+    """Turns on JAX's persistent compilation cache, unless one is configured."""
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        default = Path.home() / ".cache" / "csm_jax"
+        jax.config.update(
+            "jax_compilation_cache_dir", os.environ.get("CSM_JAX_CACHE_DIR", str(default))
+        )
