@@ -17,9 +17,21 @@ import dataclasses
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "Params", "PyTree", "UInt", "pytree"]
+__all__ = [
+    "Array",
+    "Bool",
+    "DTypeLike",
+    "Float",
+    "Int",
+    "Key",
+    "Params",
+    "PyTree",
+    "UInt",
+    "pytree",
+]
 
 Params = dict[str, Any]
 """Nested dicts with string keys and arrays as leaves; `csm_jax.model.param_shapes` is its shape."""

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from csm_jax import kvcache, sharding
-from csm_jax.array_typing import Array, Bool, Float, Int, Params, UInt, pytree
+from csm_jax.array_typing import Array, Bool, DTypeLike, Float, Int, Params, UInt, pytree
 from csm_jax.config import CSMConfig
 from csm_jax.kvcache import KVCache
 from csm_jax.model import CSM, sample_frame
@@ -172,11 +172,11 @@ def prefill(
         return Prefix(k=keys, v=values, length=length, hidden=hidden)
 
 
-def init_state(config: CSMConfig, *, batch: int, capacity: int, dtype: jnp.dtype) -> DecodeState:
+def init_state(config: CSMConfig, *, batch: int, capacity: int, dtype: DTypeLike) -> DecodeState:
     """Returns `batch` empty slots of `capacity` positions."""
     rows = sharding.spec("batch")
 
-    def zeros(dtype: jnp.dtype, *shape: int) -> Array:
+    def zeros(dtype: DTypeLike, *shape: int) -> Array:
         spec = sharding.spec("batch", *[None] * len(shape))
         return jnp.zeros((batch, *shape), dtype, out_sharding=spec)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from csm_jax import sharding
-from csm_jax.array_typing import Array, Bool, Float, Int, pytree
+from csm_jax.array_typing import Array, Bool, DTypeLike, Float, Int, pytree
 from csm_jax.config import LlamaConfig
 
 
@@ -46,7 +46,7 @@ def init(
     *,
     batch: int,
     capacity: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     per_row: bool,
     heads: str = "heads",
 ) -> KVCache:

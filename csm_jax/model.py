@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from csm_jax import kvcache, sharding
-from csm_jax.array_typing import Array, Bool, Float, Int, Key, Params
+from csm_jax.array_typing import Array, Bool, DTypeLike, Float, Int, Key, Params
 from csm_jax.backbone import Backbone, embed_codes
 from csm_jax.config import CSMConfig, LlamaConfig
 from csm_jax.decoder import Decoder
@@ -107,7 +107,7 @@ def _unflatten(flat: dict[tuple[str, ...], Any]) -> Params:
     return tree
 
 
-def init_params(config: CSMConfig, key: Key[Array, ""], *, dtype: Any) -> Params:
+def init_params(config: CSMConfig, key: Key[Array, ""], *, dtype: DTypeLike) -> Params:
     """Returns random weights: normal with fan-in scale, norms 1, made leaf by leaf.
 
     Args:

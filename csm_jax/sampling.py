@@ -135,7 +135,8 @@ def filter_logits(
     mass = jnp.where(ranked >= kth, jnp.exp(ranked - best), 0.0)
     mass = mass / mass.sum(axis=-1, keepdims=True)
     before = jnp.cumsum(mass, axis=-1) - mass
-    stays = (before < params.top_p[:, None]) & (ranked >= kth)
+    top_p = params.top_p[:, None]
+    stays = ((before < top_p) | (top_p == 1)) & (ranked >= kth)  # sums of 1 may round to 1 early
     pth = jnp.min(jnp.where(stays, ranked, jnp.inf), axis=-1, keepdims=True)
 
     mth = best + jnp.log(params.min_p)[:, None]

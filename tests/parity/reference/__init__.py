@@ -1,0 +1,1 @@
+"""The two PyTorch references, each behind the same layer-by-layer interface (`cases.Implementation`)."""
