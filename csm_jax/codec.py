@@ -1,0 +1,93 @@
+"""What a codec does: 24 kHz audio to and from frames of codes. A protocol, and the check of codes.
+
+Frames come first and codebooks last everywhere: codes are int32 [n, C], one row per 80 ms frame.
+Arrays are numpy; a codec moves them to its own device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+
+@runtime_checkable  # the tests check annotations at run time
+class CodecStream(Protocol):
+    """Decodes one utterance frame by frame; independent of every other stream of its codec."""
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Returns the audio (float32 [n * samples per frame]) of the next frames (int [n, C])."""
+        ...
+
+    def close(self) -> None:
+        """Frees the stream's state; decoding afterwards is an error."""
+        ...
+
+    def __enter__(self) -> CodecStream: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+@runtime_checkable  # the tests check annotations at run time
+class Codec(Protocol):
+    """Encodes audio into codes and decodes codes into audio."""
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second of its audio."""
+        ...
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codes per frame, C."""
+        ...
+
+    @property
+    def codebook_size(self) -> int:
+        """Codes run from 0 to this, exclusive."""
+        ...
+
+    def encode(self, audio: np.ndarray) -> np.ndarray:
+        """Returns the codes (int32 [ceil(W / samples per frame), C]) of audio (float32 [W])."""
+        ...
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Returns the audio (float32 [n * samples per frame]) of codes (int [n, C])."""
+        ...
+
+    def decode_batch(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns what `decode` gives for each, computed together; lengths may differ."""
+        ...
+
+    def open_stream(self) -> CodecStream:
+        """Returns a new stream at the start of an utterance."""
+        ...
+
+
+def check_codes(codes: Any, *, num_codebooks: int, codebook_size: int) -> np.ndarray:
+    """Returns codes as an int32 array [n, C].
+
+    Raises:
+        TypeError: They are not integers.
+        ValueError: The shape is not [n, C] (codebooks are the last axis), or a code is outside
+            0..codebook_size-1, which a codec's table look-up would turn into a crash.
+    """
+    codes = np.asarray(codes)
+    if not np.issubdtype(codes.dtype, np.integer):
+        raise TypeError(f"codes must be integers, got {codes.dtype}")
+    if codes.ndim != 2 or codes.shape[1] != num_codebooks:
+        hint = ""
+        if codes.ndim == 2 and codes.shape[0] == num_codebooks:
+            hint = "; codebooks are the last axis, so transpose them"
+        raise ValueError(
+            f"codes must have shape [frames, {num_codebooks}], got {list(codes.shape)}{hint}"
+        )
+    bad = np.argwhere((codes < 0) | (codes >= codebook_size))
+    if len(bad):
+        frame, codebook = (int(index) for index in bad[0])
+        raise ValueError(
+            f"{len(bad):,} codes lie outside 0..{codebook_size - 1:,}, the first "
+            f"({int(codes[frame, codebook]):,}) at frame {frame:,}, codebook {codebook}"
+        )
+    return codes.astype(np.int32)
