@@ -18,18 +18,7 @@ import jax.numpy as jnp
 from csm_jax import sharding
 from csm_jax.array_typing import Array, Bool, Float, Int
 from csm_jax.config import CSMConfig
-from csm_jax.llama import Stack, linear, parameter, project
-
-
-def embed_codes(
-    table: Float[Array, "R D"],
-    codes: Int[Array, "*batch"],
-    codebook: int | Int[Array, ""],
-    vocab: int,
-) -> Float[Array, "*batch D"]:
-    """Returns the rows of an audio table for codes of one codebook."""
-    rows = codes + codebook * vocab
-    return table.at[rows].get(out_sharding=sharding.follow(codes, *range(codes.ndim), None))
+from csm_jax.llama import Stack, embed_codes, linear, parameter, project
 
 
 class Backbone(Stack):

@@ -89,6 +89,17 @@ def _projected(x: Array, w: Array) -> jax.sharding.PartitionSpec | None:
     return jax.sharding.PartitionSpec(*rows, jax.typeof(w).sharding.spec[0])
 
 
+def embed_codes(
+    table: Float[Array, "R D"],
+    codes: Int[Array, "*batch"],
+    codebook: int | Int[Array, ""],
+    vocab: int,
+) -> Float[Array, "*batch D"]:
+    """Returns the rows of an audio table for codes of one codebook."""
+    rows = codes + codebook * vocab
+    return table.at[rows].get(out_sharding=sharding.follow(codes, *range(codes.ndim), None))
+
+
 def rms_norm(
     x: Float[Array, "B T D"], scale: Float[Array, "D"], *, eps: float
 ) -> Float[Array, "B T D"]:

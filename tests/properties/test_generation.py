@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from csm_jax.array_typing import Params
-from csm_jax.config import CSMConfig, tiny
+from csm_jax.config import tiny
 from csm_jax.generate import Status, bucket, insert, pad_prompts, prefill
 from csm_jax.kvcache import KVCache
 from csm_jax.model import CSM, forward

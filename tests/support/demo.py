@@ -1,0 +1,127 @@
+"""A model directory like any other, with random weights: what the demo and the examples' tests use.
+
+Every file has its published name and form: a Sesame-layout checkpoint goes through the converter, Mimi
+and the watermark's networks are thin or random, the tokenizer is small. Random weights make noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from csm_jax.config import SAMPLE_RATE, CSMConfig, csm_1b, tiny
+
+PROMPTS = (
+    ("conversational_a", "Ah, oh, ee; that is all a vowel can say.", 115.0),
+    ("conversational_b", "Oh, ah, ee, and I say it a little higher.", 205.0),
+)
+"""Name, transcript and pitch (hertz) of the recordings in `prompts/`."""
+
+# First three formants of three vowels in hertz (Peterson & Barney 1952, averages of men).
+_VOWELS = ((730, 1090, 2440), (570, 840, 2410), (270, 2290, 3010))
+
+
+def config() -> CSMConfig:
+    """Returns the tiny sizes with CSM-1B's audio vocabulary, so that any Mimi fits."""
+    return dataclasses.replace(
+        tiny(),
+        audio_vocab_size=csm_1b().audio_vocab_size,
+        codebook_size=csm_1b().codebook_size,
+    )
+
+
+def vowels(*, pitch: float, seconds: float = 2.4, seed: int = 0) -> np.ndarray:
+    """Returns synthetic speech (float32 [W] at 24 kHz): three vowels with vibrato and a little breath."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    # The voice: harmonics of a wavering pitch, weighted by the vowel's resonances.
+    phase = 2 * np.pi * pitch * (time + 0.002 * np.sin(2 * np.pi * 5 * time))
+    part = np.minimum((time / seconds * len(_VOWELS)).astype(int), len(_VOWELS) - 1)
+    formants = np.array(_VOWELS, float)[part]
+    audio = np.zeros_like(time)
+    for harmonic in range(1, int(4_000 / pitch)):
+        hertz = harmonic * pitch
+        gain = (1 / (1 + ((hertz - formants) / 90.0) ** 2)).sum(axis=1) / harmonic**0.5
+        audio += gain * np.sin(harmonic * phase)
+    # One swell per vowel, silent between them.
+    swell = np.sin(np.pi * (time / seconds * len(_VOWELS) % 1.0)) ** 0.5
+    audio = swell * (audio / np.abs(audio).max() + 0.01 * rng.standard_normal(len(time)))
+    return (0.5 * audio / np.abs(audio).max()).astype(np.float32)
+
+
+def _make_audible(path: Path, sizes: CSMConfig) -> None:
+    # Random biases give a hum with an offset, whatever the codes are; without them the codes are heard.
+    from safetensors import safe_open
+    from safetensors.numpy import load_file, save_file
+
+    from csm_jax.bridge.mimi import TorchMimi
+
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    state = load_file(path)
+    for name in state:
+        if name.startswith("decoder.") and name.endswith(".bias"):
+            state[name] = np.zeros_like(state[name])
+    save_file(state, path, metadata=metadata)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, sizes.codebook_size, (25, sizes.num_codebooks), np.int32)
+    level = TorchMimi.from_file(path).decode(codes).std()
+    last = max(
+        (name for name in state if name.startswith("decoder.") and name.endswith("conv.weight")),
+        key=lambda name: int(name.split(".")[2]),
+    )
+    state[last] = state[last] * np.float32(0.1 / level)
+    save_file(state, path, metadata=metadata)
+
+
+def build(path: Path, *, seed: int = 0, note: Callable[[str], None] | None = None) -> Path:
+    """Returns `path` after building the model directory there, replacing what was there.
+
+    Args:
+        path: The directory.
+        seed: Of all random weights.
+        note: Called with a line about each step.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from csm_jax import cli, weights
+    from csm_jax.audio import write_audio
+    from csm_jax.model import init_params
+    from tests.support import mimi, silentcipher, tokenizer
+
+    say = note or (lambda line: None)
+    shutil.rmtree(path, ignore_errors=True)
+    source = path / "sesame-layout"
+    source.mkdir(parents=True)
+
+    sizes = config()
+    params = init_params(sizes, jax.random.key(seed), dtype=jnp.float32)
+    weights.save_checkpoint(source, sizes, params, layout="sesame")
+    say(f"random weights in Sesame's layout: {source / 'model.safetensors'}")
+
+    # The command itself, so that the demo shows what a user would run.
+    command = ["convert", str(source), str(path), "--from", "sesame", "--to", "transformers"]
+    if cli.main(command):
+        raise RuntimeError(f"csm-jax {' '.join(command)} failed")
+    shutil.rmtree(source)
+    say(f"converted to transformers' layout: {path}")
+
+    tokenizer.write_tokenizer(path / "tokenizer.json", vocab_size=sizes.text_vocab_size)
+    codec = mimi.write_mimi(
+        path / "tokenizer-e351c8d8-checkpoint125.safetensors",
+        config=mimi.small_config(codebook_size=sizes.codebook_size),
+        seed=seed,
+    )
+    _make_audible(codec, sizes)
+    silentcipher.write_random(path / "silentcipher" / "44_1_khz" / "73999_iteration", seed=seed)
+    (path / "prompts").mkdir()
+    for name, transcript, pitch in PROMPTS:
+        write_audio(path / "prompts" / f"{name}.wav", vowels(pitch=pitch), SAMPLE_RATE)
+        (path / "prompts" / f"{name}.txt").write_text(transcript + "\n", encoding="utf-8")
+    say("tokenizer, Mimi, watermark networks and two synthetic voices beside it")
+    return path

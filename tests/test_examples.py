@@ -1,0 +1,75 @@
+"""The examples run as a user runs them, against a model directory with random weights."""
+
+from __future__ import annotations
+
+import contextlib
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from csm_jax.audio import read_audio
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs an example in this process, which has imported and compiled what they share."""
+
+    def run(name: str, *words: str) -> str:
+        script = str(ROOT / "examples" / name)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with contextlib.suppress(SystemExit):
+            runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+SHORT = ("--max-audio-length-ms", "320")
+
+
+def test_say(run: Callable[..., str], demo_model: Path, tmp_path: Path) -> None:
+    run("say.py", "Hello.", "--model", str(demo_model), *SHORT)
+    audio, rate = read_audio(tmp_path / "say.wav")
+    assert (len(audio), rate) == (4 * 1920, 24_000)
+    assert audio.std() > 1e-3
+
+
+def test_dialogue(run: Callable[..., str], demo_model: Path, tmp_path: Path) -> None:
+    out = run("dialogue.py", "--model", str(demo_model), *SHORT)
+    assert out.count("(0.32 s)") == 4
+    assert len(read_audio(tmp_path / "dialogue.wav")[0]) == 4 * 4 * 1920
+
+
+def test_stream(run: Callable[..., str], demo_model: Path, tmp_path: Path) -> None:
+    words = ("--chunk-frames", "2", "--max-audio-length-ms", "320")
+    out = run("stream.py", "Hello.", "--model", str(demo_model), *words)
+    assert "first audio after" in out
+    assert len(read_audio(tmp_path / "stream.wav")[0]) == 4 * 1920
+
+
+def test_shard(run: Callable[..., str], demo_model: Path) -> None:
+    out = run("shard.py", "--model", str(demo_model), "--tensor", "2", *SHORT)
+    assert "mesh: {'data': 4, 'tensor': 2}" in out
+    assert "(64, 128) on each device" in out  # q_proj is [128, 128]
+    assert out.count("0.32 s") == 4
+
+
+def test_demo(run: Callable[..., str], tmp_path: Path) -> None:
+    words = ("--out", str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--text", "Hi.")
+    out = run("demo.py", *words, "--max-audio-length-ms", "320")
+    assert "the weights are random" in out
+    audio, _ = read_audio(tmp_path / "out" / "demo.wav")
+    assert len(audio) == 4 * 1920
+    assert audio.std() > 1e-3
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "prompts", "silentcipher"):
+        assert (tmp_path / "model" / name).exists()

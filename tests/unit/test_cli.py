@@ -1,0 +1,398 @@
+"""The command line, with a generator that only takes notes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from csm_jax import cli, doctor, pipeline
+from csm_jax.audio import read_audio, write_audio
+from csm_jax.interrupt import Interrupt
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class FakeGenerator:
+    """Answers every request with a tone as long as its text, and keeps what it was asked."""
+
+    sample_rate = 24_000
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.loaded: tuple[Any, dict[str, Any]] | None = None
+        self.error: BaseException | None = None
+        self.finished = 0
+
+    def load(self, source: Any, **options: Any) -> FakeGenerator:
+        self.loaded = (source, options)
+        return self
+
+    def generate(
+        self,
+        text: str,
+        speaker: int,
+        context: Any,
+        ms: float,
+        temperature: float,
+        topk: int,
+        **rest: Any,
+    ) -> np.ndarray:
+        if self.error is not None:
+            raise self.error
+        self.calls.append(
+            {
+                "text": text,
+                "speaker": speaker,
+                "context": [(s.speaker, s.text, len(s.audio), s.sample_rate) for s in context],
+                "ms": ms,
+                "temperature": temperature,
+                "topk": topk,
+                **rest,
+            }
+        )
+        rest["on_progress"](len(text), 1125)
+        self.finished += 1
+        return np.full(1920 * len(text) if text != "silence" else 0, 0.25, np.float32)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGenerator:
+    generator = FakeGenerator()
+    monkeypatch.setattr(pipeline, "load_csm_1b", generator.load)
+    monkeypatch.chdir(tmp_path)
+    return generator
+
+
+def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+
+
+def test_every_option_arrives(fake: FakeGenerator, capsys: pytest.CaptureFixture[str]) -> None:
+    write_audio("a.wav", np.zeros(16_000, np.float32), 16_000)
+    write_audio("b.flac", np.zeros(24_000, np.float32), 24_000)
+    words = ["generate", "abc", "--speaker", "3", "--seed", "7", "--temperature", "0.5"]
+    words += ["--topk", "9", "--top-p", "0.8", "--min-p", "0.1", "--decoder-temperature", "0"]
+    words += ["--decoder-topk", "4", "--max-audio-length-ms", "800", "--truncate-context"]
+    words += ["--context", "a.wav", "first", "0", "--context", "b.flac", "second", "1"]
+    words += ["--model", "dir", "--dtype", "bfloat16", "--layout", "csm-mlx"]
+    words += ["--watermark-key", "1,2,3,4,5", "-o", "x.flac"]
+    assert cli.main(words) == 0
+    assert fake.loaded == (
+        "dir",
+        {
+            "dtype": "bfloat16",
+            "layout": "csm-mlx",
+            "watermark": True,
+            "watermark_key": (1, 2, 3, 4, 5),
+        },
+    )
+    (call,) = fake.calls
+    call.pop("on_progress")
+    assert call == {
+        "text": "abc",
+        "speaker": 3,
+        "context": [(0, "first", 16_000, 16_000), (1, "second", 24_000, 24_000)],
+        "ms": 800,
+        "temperature": 0.5,
+        "topk": 9,
+        "top_p": 0.8,
+        "min_p": 0.1,
+        "decoder_temperature": 0.0,
+        "decoder_topk": 4,
+        "seed": 7,
+        "truncate_context": True,
+    }
+    audio, rate = read_audio("x.flac")
+    assert (len(audio), rate) == (3 * 1920, 24_000)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert "0.24 s of audio, watermarked" in out
+    assert "frames/s, real-time factor" in out
+
+
+def test_defaults_are_sesames(fake: FakeGenerator) -> None:
+    assert cli.main(["generate", "abc"]) == 0
+    assert fake.loaded == (
+        "sesame/csm-1b",
+        {
+            "dtype": None,
+            "layout": None,
+            "watermark": True,
+            "watermark_key": (212, 211, 146, 56, 201),
+        },
+    )
+    call = fake.calls[0]
+    assert (call["speaker"], call["ms"], call["temperature"], call["topk"]) == (0, 90_000, 0.9, 50)
+    assert (call["top_p"], call["min_p"], call["seed"]) == (1.0, 0.0, 0)
+    assert call["decoder_temperature"] is None
+    assert call["decoder_topk"] is None
+    assert call["truncate_context"] is False
+    assert Path("out.wav").is_file()
+
+
+def test_no_watermark_is_said(fake: FakeGenerator, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "abc", "--no-watermark"]) == 0
+    assert fake.loaded is not None
+    assert fake.loaded[1]["watermark"] is False
+    assert "not watermarked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["-"], []])
+def test_text_from_a_pipe(
+    fake: FakeGenerator, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    stdin(monkeypatch, "Grüße, 你好\n".encode())
+    assert cli.main(["generate", *words]) == 0
+    assert fake.calls[0]["text"] == "Grüße, 你好"
+
+
+def test_dialogue_feeds_each_turn_to_the_next(fake: FakeGenerator) -> None:
+    write_audio("a.wav", np.zeros(24_000, np.float32), 24_000)
+    lines = [
+        {"speaker": 0, "text": "ab"},
+        {"speaker": 1, "text": "silence"},
+        {"text": "c", "speaker": 0},
+    ]
+    Path("talk.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    words = ["generate", "--dialogue", "talk.jsonl", "--context", "a.wav", "before", "1"]
+    assert cli.main([*words, "--turns-dir", "turns", "--seed", "5", "-o", "all.wav"]) == 0
+    before = (1, "before", 24_000, 24_000)
+    assert [call["context"] for call in fake.calls] == [
+        [before],
+        [before, (0, "ab", 3840, 24_000)],
+        [before, (0, "ab", 3840, 24_000)],  # a turn without audio is no context
+    ]
+    assert [call["seed"] for call in fake.calls] == [5, 6, 7]
+    assert [len(read_audio(f"turns/turn-0{i}.wav")[0]) for i in (1, 3)] == [3840, 1920]
+    assert len(read_audio("all.wav")[0]) == 3840 + 1920
+
+
+def bad_lines() -> str:
+    return (
+        '{"speaker": 0, "text": "fine"}\n{"speaker": -1, "text": "x"}\n{"text": "y"}\nnot json\n[1]'
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "hi", "-o", "missing/x.wav"], "missing"),
+        (["generate", "hi", "-o", "x.mp3"], ".mp3"),
+        (["generate", "hi", "-o", "."], "."),
+        (["generate", ""], "text is empty"),
+        (["generate", "a\x00b"], "control character"),
+        (["generate", "hi", "--context", "no.wav", "t", "0"], "no.wav"),
+        (["generate", "hi", "--context", "a.wav", "t", "x"], "the speaker must be a whole number"),
+        (["generate", "hi", "--dialogue", "talk.jsonl"], "not both"),
+        (["generate", "--dialogue", "none.jsonl"], "none.jsonl"),
+        (["generate", "--dialogue", "empty.jsonl"], "no turns"),
+        (["generate", "--dialogue", "latin.jsonl"], "UTF-8"),
+        (["generate", "hi", "--turns-dir", "t"], "--dialogue"),
+        (["generate", "hi", "--temperature", "-1"], "temperature"),
+        (["generate", "hi", "--decoder-temperature", "nan"], "temperature"),
+        (["generate", "hi", "--topk", "-5"], "top_k"),
+        (["generate", "hi", "--top-p", "0"], "top_p"),
+        (["generate", "hi", "--min-p", "2"], "min_p"),
+        (["generate", "hi", "--max-audio-length-ms", "10"], "80 ms"),
+        (["generate", "hi", "--watermark-key", "1,2,3"], "1,2,3"),
+        (["generate", "hi", "--watermark-key", "1,2,3,4,256"], "256"),
+        (["generate", "hi", "--no-watermark", "--watermark-key", "1,2,3,4,5"], "not allowed"),
+        (["generate", "hi", "--speaker", "-1"], "0 or more"),
+        (["generate", "hi", "--context", "a.wav", "t"], "expected 3"),
+        (["nonsense"], "nonsense"),
+        (["verify", "no.wav"], "no.wav"),
+        ([], "COMMAND"),
+    ],
+    ids=lambda value: " ".join(value).replace("\x00", "NUL") if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line_before_loading(
+    fake: FakeGenerator, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    write_audio("a.wav", np.zeros(24_000, np.float32), 24_000)
+    Path("talk.jsonl").write_text('{"speaker": 0, "text": "x"}')
+    Path("empty.jsonl").write_text("\n\n")
+    Path("latin.jsonl").write_bytes('{"speaker": 0, "text": "é"}'.encode("latin-1"))
+    assert cli.main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err.splitlines()[-1]
+    assert "Traceback" not in captured.err
+    assert fake.loaded is None
+    assert not Path("out.wav").exists()
+
+
+def test_all_bad_dialogue_lines_are_listed(
+    fake: FakeGenerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("talk.jsonl").write_text(bad_lines())
+    assert cli.main(["generate", "--dialogue", "talk.jsonl"]) == 2
+    said = capsys.readouterr().err
+    for number in (2, 3, 4, 5):
+        assert f"line {number}:" in said
+    assert "line 1:" not in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ValueError("too long"), 2, "csm-jax: error: too long\n"),
+        (pipeline.GenerationError("not finite", [None], [0]), 2, "csm-jax: error: not finite\n"),
+        (FileNotFoundError(2, "No such file", "w"), 2, "csm-jax: error: w: No such file\n"),
+        (ImportError("pip install it"), 2, "csm-jax: error: pip install it\n"),
+        (KeyboardInterrupt(), 130, "csm-jax: interrupted\n"),
+    ],
+)
+def test_failures_while_generating_leave_the_old_file(
+    fake: FakeGenerator,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    said: str,
+) -> None:
+    Path("out.wav").write_bytes(b"old")
+    fake.error = error
+    assert cli.main(["generate", "hi"]) == status
+    assert capsys.readouterr().err.endswith(said)
+    assert Path("out.wav").read_bytes() == b"old"
+    assert sorted(os.listdir(".")) == ["out.wav"]
+
+
+def test_a_swallowed_ctrl_c_is_remembered(
+    fake: FakeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_interrupt", Interrupt())
+    with contextlib.suppress(KeyboardInterrupt):  # as a destructor does
+        cli._interrupt(signal.SIGINT, None)
+    assert cli.main(["generate", "hi"]) == 130
+    assert not Path("out.wav").exists()
+    assert (len(fake.calls), fake.finished) == (1, 0)
+
+
+def test_debug_shows_where(fake: FakeGenerator) -> None:
+    fake.error = ValueError("too long")
+    with pytest.raises(ValueError, match="too long"):
+        cli.main(["generate", "hi", "--debug"])
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--context first.wav" in text
+    assert '{"speaker": 0, "text"' in text
+    for command in ("generate", "convert", "verify", "doctor"):
+        assert cli.main([command, "--help"]) == 0
+        assert "usage: csm-jax " + command in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+
+
+def test_ctrl_c_ends_a_real_process_cleanly(demo_model: Path, tmp_path: Path) -> None:
+    words = ["generate", "A long story.", "--model", str(demo_model), "-o", str(tmp_path / "x.wav")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "csm_jax", *words],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        first = process.stderr.readline()
+        assert first.startswith("loaded"), first
+        time.sleep(2.5)  # into the frames, of which there are 1,125
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 130
+    assert err == "csm-jax: interrupted\n"
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+class FakeWatermarker:
+    key: tuple[int, ...] | None = None
+
+    @classmethod
+    def from_dir(cls, path: Any) -> FakeWatermarker:
+        return cls()
+
+    def detect(self, audio: np.ndarray, rate: int) -> tuple[int, ...] | None:
+        return FakeWatermarker.key
+
+
+@pytest.mark.parametrize(
+    ("key", "status", "said"),
+    [
+        ((212, 211, 146, 56, 201), 0, "Sesame's public key"),
+        ((1, 2, 3, 4, 5), 0, "a private key, 1,2,3,4,5"),
+        (None, 1, "no watermark found"),
+    ],
+)
+def test_verify(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    demo_model: Path,
+    tmp_path: Path,
+    key: tuple[int, ...] | None,
+    status: int,
+    said: str,
+) -> None:
+    from csm_jax.bridge import watermark
+
+    monkeypatch.setattr(watermark, "TorchWatermarker", FakeWatermarker)
+    monkeypatch.setattr(FakeWatermarker, "key", key)
+    write_audio(tmp_path / "a.wav", np.zeros(24_000, np.float32), 24_000)
+    assert cli.main(["verify", str(tmp_path / "a.wav"), "--model", str(demo_model)]) == status
+    assert said in capsys.readouterr().out
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], demo_model: Path, tmp_path: Path) -> None:
+    assert cli.main(["doctor", "--model", str(demo_model)]) == 0
+    text = capsys.readouterr().out
+    assert "2 + 2 layers, 32 codebooks" in text
+    assert "everything is there" in text
+
+    partial = tmp_path / "partial"
+    partial.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (partial / name).symlink_to(demo_model / name)
+    assert cli.main(["doctor", "--model", str(partial)]) == 1
+    text = capsys.readouterr().out
+    assert "3 missing" in text
+    assert "hf download" in text
+
+    assert cli.main(["doctor", "--model", str(tmp_path)]) == 1
+    assert "lacks" in capsys.readouterr().out
+
+
+def test_doctor_looks_into_the_hubs_cache(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    there = {("sesame/csm-1b", "ckpt.pt"), ("sesame/csm-1b", "config.json")}
+    monkeypatch.setattr(
+        huggingface_hub,
+        "try_to_load_from_cache",
+        lambda repo, file: "/cached" if (repo, file) in there else None,
+    )
+    found = {finding.name: finding for finding in doctor.examine("sesame/csm-1b")}
+    assert found["checkpoint"].ok
+    assert found["config"].ok
+    assert not found["tokenizer"].ok
+    assert "hf download" in found["mimi"].remedy
+    assert cli.main(["doctor"]) == 1
+    assert "3 missing" in capsys.readouterr().out
