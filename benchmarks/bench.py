@@ -109,7 +109,7 @@ class Ours:
     def frame(self) -> None:
         """Makes one frame of every row."""
         self.state, codes, _ = generate.generate_frames(
-            self.params, self.state, config=self.config, num_frames=1, window=WINDOW
+            self.params, self.state, config=self.config, num_frames=1, window=WINDOW, ranks=64
         )
         jax.block_until_ready(codes)
 
@@ -218,7 +218,7 @@ def compile_all(config: CSMConfig, dtype: str, *, rows: int, prompt: int) -> flo
         generate.prefill.lower(params, frames, mask, config=config).compile()
         generate.insert.lower(state, prefix, jax.eval_shape(lambda: settings(rows)), slot).compile()
         generate.generate_frames.lower(
-            params, state, config=config, num_frames=1, window=WINDOW
+            params, state, config=config, num_frames=1, window=WINDOW, ranks=64
         ).compile()
 
     return timed(run)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from csm_jax.generate import (
     prefill,
 )
 from csm_jax.prompt import Prompt, Segment
-from csm_jax.sampling import request_keys, sampling_params
+from csm_jax.sampling import ranks_needed, request_keys, sampling_params
 
 Progress = Callable[[int, int], None]
 """Called after every chunk with the frames made so far and the most there can be."""
@@ -115,10 +115,6 @@ def row_settings(requests: Sequence[Request]) -> RowSettings:
     Raises:
         ValueError: A setting is out of range.
     """
-
-    def either(value: float | None, default: float) -> float:
-        return default if value is None else value
-
     return RowSettings(
         key=request_keys([r.seed for r in requests]),
         max_frames=jnp.asarray(np.array([r.max_frames for r in requests], np.int32)),
@@ -129,12 +125,19 @@ def row_settings(requests: Sequence[Request]) -> RowSettings:
             min_p=[r.min_p for r in requests],
         ),
         decoder_sampling=sampling_params(
-            temperature=[either(r.decoder_temperature, r.temperature) for r in requests],
-            top_k=[int(either(r.decoder_topk, r.topk)) for r in requests],
+            temperature=[_either(r.decoder_temperature, r.temperature) for r in requests],
+            top_k=[_either(r.decoder_topk, r.topk) for r in requests],
             top_p=[r.top_p for r in requests],
             min_p=[r.min_p for r in requests],
         ),
     )
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _either(value: Number | None, default: Number) -> Number:
+    return default if value is None else value
 
 
 def chunk_frames() -> int:
@@ -181,13 +184,18 @@ class StaticBatch:
         capacity = bucket(int((lengths + limits).max()), WINDOW_BUCKETS, limit=limit)
         state = self._prefilled(capacity)
         running = np.ones(len(self.requests), bool)
+        ranks = ranks_needed(
+            [k for r in self.requests for k in (r.topk, _either(r.decoder_topk, r.topk))],
+            [r.top_p for r in self.requests for _ in range(2)],
+            codebook_size=config.codebook_size,
+        )
         made = 0
         while running.any():
             size = int(min(frames_per_call, (limits - made)[running].max()))
             longest = int(np.minimum(lengths + made + size, lengths + limits)[running].max())
             window = bucket(longest, WINDOW_BUCKETS, limit=capacity)
             state, codes, valid = generate_frames(
-                self.params, state, config=config, num_frames=size, window=window
+                self.params, state, config=config, num_frames=size, window=window, ranks=ranks
             )
             made += size
             status = np.asarray(state.status)[: len(running)]

@@ -249,10 +249,16 @@ def insert(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "num_frames", "window"), donate_argnames=("state",)
+    jax.jit, static_argnames=("config", "num_frames", "window", "ranks"), donate_argnames=("state",)
 )
 def generate_frames(
-    params: Params, state: DecodeState, *, config: CSMConfig, num_frames: int, window: int
+    params: Params,
+    state: DecodeState,
+    *,
+    config: CSMConfig,
+    num_frames: int,
+    window: int,
+    ranks: int,
 ) -> tuple[DecodeState, Int[Array, "B n C"], Bool[Array, "B n"]]:
     """Returns the state after `num_frames` more frames, their codes, and which of them count.
 
@@ -262,6 +268,7 @@ def generate_frames(
         config: Sizes.
         num_frames: Frames to make; any split of a number of frames gives the same codes.
         window: Cache positions to read; at least the longest running row plus `num_frames`.
+        ranks: Scores sorted per draw; at least `csm_jax.sampling.ranks_needed` of the rows.
 
     Returns:
         `(state, codes, valid)`; codes are 0 where `valid` is false (row ended or slot empty).
@@ -271,7 +278,12 @@ def generate_frames(
     def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[Array, Array]]:
         keys = frame_keys(state.settings.key, state.frame)
         codes, finite = sample_frame(
-            model, state.hidden, keys, state.settings.sampling, state.settings.decoder_sampling
+            model,
+            state.hidden,
+            keys,
+            state.settings.sampling,
+            state.settings.decoder_sampling,
+            ranks=ranks,
         )
         running = state.status == Status.RUNNING
         ended = running & ~(codes != 0).any(axis=-1)

@@ -175,6 +175,8 @@ def sample_frame(
     keys: Key[Array, "B"],
     sampling: SamplingParams,
     decoder_sampling: SamplingParams,
+    *,
+    ranks: int,
 ) -> tuple[Int[Array, "B C"], Bool[Array, "B"]]:
     """Returns the codes of the frame after `hidden`, and whether every score of a row was finite.
 
@@ -184,13 +186,14 @@ def sample_frame(
         keys: The frame's key per row (`csm_jax.sampling.frame_keys`).
         sampling: Settings for code 0.
         decoder_sampling: Settings for codes 1..C-1.
+        ranks: Static (`csm_jax.sampling.ranks_needed`).
     """
     config, decoder = model.config, model.decoder
 
     def draw(logits: Array, codebook: int | Array, settings: SamplingParams) -> tuple[Array, Array]:
         with jax.named_scope("sample"):
             noise = gumbel(keys, codebook, num_codes=config.audio_vocab_size)
-            code = choose(logits, noise, settings, codebook_size=config.codebook_size)
+            code = choose(logits, noise, settings, codebook_size=config.codebook_size, ranks=ranks)
             return code, jnp.isfinite(logits).all(axis=-1)
 
     def embed(code: Array, codebook: int | Array) -> Array:

@@ -110,8 +110,23 @@ def gumbel(
     )(keys)
 
 
+def ranks_needed(top_k: Sequence[int], top_p: Sequence[float], *, codebook_size: int) -> int:
+    """Returns how many of the best scores must be sorted for these rows: the static `ranks`.
+
+    Sorting is the dearest part of a draw, so few sizes are compiled: 0 where no row filters by rank,
+    64 where every filter is a top-k of at most 64, else all codes.
+    """
+    needed = [k or codebook_size for k, p in zip(top_k, top_p, strict=True) if k or p < 1]
+    if not needed:
+        return 0
+    return _FEW_RANKS if max(needed) <= _FEW_RANKS < codebook_size else codebook_size
+
+
+_FEW_RANKS = 64
+
+
 def filter_logits(
-    logits: Float[Array, "B V"], params: SamplingParams, *, codebook_size: int
+    logits: Float[Array, "B V"], params: SamplingParams, *, codebook_size: int, ranks: int
 ) -> Float[Array, "B V"]:
     """Returns the scores over temperature, -inf where a code may not be drawn.
 
@@ -119,28 +134,36 @@ def filter_logits(
         logits: Scores of all V codes.
         params: One setting per row; at temperature 0 the scores are not divided.
         codebook_size: Codes at or beyond it are removed first.
+        ranks: Scores to sort, at least `ranks_needed` of the rows.
     """
     codes = jnp.arange(logits.shape[-1])
     logits = jnp.where(codes < codebook_size, logits.astype(jnp.float32), -jnp.inf)
     greedy = params.temperature == 0
     scores = logits / jnp.where(greedy, 1.0, params.temperature)[:, None]
+    best = scores.max(axis=-1, keepdims=True)
+    lowest = best + jnp.log(params.min_p)[:, None]
+    if ranks:
+        lowest = jnp.maximum(lowest, _lowest_ranked(scores, params, min(ranks, codebook_size)))
+    return jnp.where(scores >= lowest, scores, -jnp.inf)
 
-    ranked = -jnp.sort(-scores, axis=-1)  # best first
-    keep = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, codebook_size), codebook_size)
-    kth = jnp.take_along_axis(ranked, keep[:, None] - 1, axis=-1)
 
-    # top-p over what top-k left: a code stays while the mass before it is below top_p. The sum runs
-    # over the sorted scores, so ties at the k-th value are counted once each, as in transformers.
-    best = ranked[:, :1]
-    mass = jnp.where(ranked >= kth, jnp.exp(ranked - best), 0.0)
-    mass = mass / mass.sum(axis=-1, keepdims=True)
-    before = jnp.cumsum(mass, axis=-1) - mass
-    top_p = params.top_p[:, None]
-    stays = ((before < top_p) | (top_p == 1)) & (ranked >= kth)  # sums of 1 may round to 1 early
+def _lowest_ranked(scores: Array, params: SamplingParams, ranks: int) -> Array:
+    """Returns per row the lowest score that top-k and top-p keep."""
+    ranked, _ = jax.lax.top_k(scores, ranks)  # best first
+    top_k, top_p = params.top_k[:, None], params.top_p[:, None]
+    kth = jnp.take_along_axis(ranked, jnp.clip(top_k, 1, ranks) - 1, axis=-1)
+    kth = jnp.where(top_k == 0, -jnp.inf, kth)
+    # top-p over what top-k left, ties with the k-th included, as in transformers: a code stays while
+    # the mass before it is below top_p. Ties beyond the last rank share its value, so it stands for
+    # them. A whole mass may round to less than 1: top_p of 1 keeps all by itself.
+    mass = jnp.exp(ranked - ranked[:, :1])
+    total = jnp.sum(
+        jnp.where(scores >= kth, jnp.exp(scores - ranked[:, :1]), 0.0), -1, keepdims=True
+    )
+    before = (jnp.cumsum(mass, axis=-1) - mass) / total
+    stays = (before < top_p) & (ranked >= kth)
     pth = jnp.min(jnp.where(stays, ranked, jnp.inf), axis=-1, keepdims=True)
-
-    mth = best + jnp.log(params.min_p)[:, None]
-    return jnp.where(scores >= jnp.maximum(jnp.maximum(kth, pth), mth), scores, -jnp.inf)
+    return jnp.where(top_p == 1, kth, jnp.maximum(kth, pth))
 
 
 def choose(
@@ -149,11 +172,12 @@ def choose(
     params: SamplingParams,
     *,
     codebook_size: int,
+    ranks: int,
 ) -> Int[Array, "B"]:
     """Returns one code per row, below `codebook_size`: the best after the noise is added.
 
     At temperature 0 the noise is left out, and the lowest of equally good codes wins.
     """
-    scores = filter_logits(logits, params, codebook_size=codebook_size)
+    scores = filter_logits(logits, params, codebook_size=codebook_size, ranks=ranks)
     noise = jnp.where((params.temperature == 0)[:, None], 0.0, noise)
     return jnp.argmax(scores + noise, axis=-1).astype(jnp.int32)

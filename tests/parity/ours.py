@@ -17,7 +17,7 @@ from csm_jax import llama, model
 from csm_jax.config import CSMConfig
 from csm_jax.llama import Block, Stack
 from csm_jax.model import CSM
-from csm_jax.sampling import request_keys, sampling_params
+from csm_jax.sampling import ranks_needed, request_keys, sampling_params
 
 from .inputs import Prompt, to_params
 
@@ -168,6 +168,7 @@ class Ours:
                 sampling=sampling[0],
                 decoder_sampling=sampling[1],
             )
+            ranks = ranks_needed([topk], [1.0], codebook_size=config.codebook_size)
             frames, mask = generation.pad_prompts(
                 [(p.frames, p.mask) for p in prompts], config=config
             )
@@ -177,7 +178,12 @@ class Ours:
             codes, valid = [], []
             for _ in range(0, num_frames, CHUNK):
                 state, new_codes, new_valid = generation.generate_frames(
-                    self.params, state, config=config, num_frames=CHUNK, window=capacity
+                    self.params,
+                    state,
+                    config=config,
+                    num_frames=CHUNK,
+                    window=capacity,
+                    ranks=ranks,
                 )
                 codes.append(np.asarray(new_codes))
                 valid.append(np.asarray(new_valid))

@@ -225,6 +225,7 @@ def test_the_read_window_does_not_matter(params: Params) -> None:
                 config=CONFIG,
                 num_frames=5,
                 window=window,
+                ranks=64,
             )[1]
         )
         for window in (48, CAPACITY)
@@ -238,7 +239,9 @@ def test_the_state_is_updated_in_place(params: Params) -> None:
 
     state = start(CONFIG, params, PROMPTS, settings([0, 1, 2]))
     pointers = {array.unsafe_buffer_pointer() for array in (*state.cache.k, *state.cache.v)}
-    new, _, _ = generate_frames(params, state, config=CONFIG, num_frames=2, window=CAPACITY)
+    new, _, _ = generate_frames(
+        params, state, config=CONFIG, num_frames=2, window=CAPACITY, ranks=64
+    )
     assert {array.unsafe_buffer_pointer() for array in (*new.cache.k, *new.cache.v)} == pointers
     assert state.cache.k[0].is_deleted()
 

@@ -76,7 +76,7 @@ def test_codes_are_those_of_one_device(params: Params, mesh: jax.sharding.Mesh) 
         state = insert(state, prefix, settings(SEEDS), jnp.arange(ROWS))
         assert state.cache.k[0].sharding.spec[0] == "data"
         state, codes, valid = generate_frames(
-            sharded, state, config=CONFIG, num_frames=6, window=CAPACITY
+            sharded, state, config=CONFIG, num_frames=6, window=CAPACITY, ranks=64
         )
     assert np.asarray(valid).all()
     np.testing.assert_array_equal(np.asarray(codes), want)
@@ -94,7 +94,7 @@ def test_one_prompt_goes_into_a_slot_of_a_sharded_batch(
         state = init_state(CONFIG, batch=ROWS, capacity=CAPACITY, dtype=jnp.float32)
         state = insert(state, prefix, settings([5]), jnp.array([6]))
         _, codes, valid = generate_frames(
-            sharded, state, config=CONFIG, num_frames=4, window=CAPACITY
+            sharded, state, config=CONFIG, num_frames=4, window=CAPACITY, ranks=64
         )
     assert np.asarray(valid).sum(axis=1).tolist() == [0] * 6 + [4, 0]
     np.testing.assert_array_equal(np.asarray(codes)[6], want[0])

@@ -103,7 +103,7 @@ def run(
     codes, valid = [], []
     for size in chunks:
         state, new_codes, new_valid = generate_frames(
-            params, state, config=config, num_frames=size, window=CAPACITY
+            params, state, config=config, num_frames=size, window=CAPACITY, ranks=64
         )
         codes.append(np.asarray(new_codes))
         valid.append(np.asarray(new_valid))

@@ -17,6 +17,7 @@ from csm_jax.sampling import (
     filter_logits,
     frame_keys,
     gumbel,
+    ranks_needed,
     request_keys,
     sampling_params,
 )
@@ -54,8 +55,32 @@ def test_filters_equal_transformers(
     if min_p:
         want = MinPLogitsWarper(min_p)(None, want)  # pyright: ignore
     settings = sampling(8, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    got = filter_logits(jnp.asarray(scores), settings, codebook_size=VOCAB)
+    got = filter_logits(jnp.asarray(scores), settings, codebook_size=VOCAB, ranks=VOCAB)
     np.testing.assert_allclose(np.asarray(got), want.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [7, 20, VOCAB])
+def test_sorting_fewer_scores_changes_nothing(ranks: int) -> None:
+    scores = np.round(logits(rows=16), 1)  # many ties
+    settings = sampling(16, top_k=7, top_p=0.8)
+    got = filter_logits(jnp.asarray(scores), settings, codebook_size=VOCAB, ranks=ranks)
+    want = filter_logits(jnp.asarray(scores), settings, codebook_size=VOCAB, ranks=VOCAB)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "want"),
+    [
+        ([0, 0], [1.0, 1.0], 0),
+        ([50, 0], [1.0, 1.0], 64),
+        ([50, 64], [0.5, 1.0], 64),
+        ([50, 65], [1.0, 1.0], 2048),
+        ([50, 0], [1.0, 0.9], 2048),
+    ],
+)
+def test_ranks_needed(top_k: list[int], top_p: list[float], want: int) -> None:
+    assert ranks_needed(top_k, top_p, codebook_size=2048) == want
+    assert ranks_needed(top_k, top_p, codebook_size=48) in (0, 48)
 
 
 def test_rows_have_their_own_settings() -> None:
@@ -63,13 +88,17 @@ def test_rows_have_their_own_settings() -> None:
     settings = sampling_params(
         temperature=[1.0, 1.0, 0.5], top_k=[1, 7, 0], top_p=[1.0] * 3, min_p=[0.0] * 3
     )
-    kept = np.isfinite(filter_logits(jnp.asarray(scores), settings, codebook_size=VOCAB))
+    kept = np.isfinite(
+        filter_logits(jnp.asarray(scores), settings, codebook_size=VOCAB, ranks=VOCAB)
+    )
     assert kept.sum(axis=1).tolist() == [1, 7, VOCAB]
 
 
 def test_ties_at_the_kth_value_are_all_kept() -> None:
     scores = jnp.zeros((1, VOCAB)).at[0, :3].set(5.0).at[0, 3:9].set(4.0)
-    kept = np.isfinite(filter_logits(scores, sampling(1, top_k=5), codebook_size=VOCAB))
+    kept = np.isfinite(
+        filter_logits(scores, sampling(1, top_k=5), codebook_size=VOCAB, ranks=VOCAB)
+    )
     assert np.flatnonzero(kept).tolist() == list(range(9))
 
 
@@ -83,6 +112,7 @@ def test_reserved_codes_are_never_drawn() -> None:
                     gumbel(frame_keys(request_keys([seed]), jnp.array([0])), 0, num_codes=VOCAB),
                     sampling(1, temperature=temperature, top_k=0),
                     codebook_size=VOCAB - 3,
+                    ranks=VOCAB,
                 )[0]
             )
             for seed in range(20)
@@ -93,7 +123,12 @@ def test_reserved_codes_are_never_drawn() -> None:
 def test_temperature_zero_ignores_the_noise_and_takes_the_first_of_equals() -> None:
     scores = jnp.zeros((1, VOCAB)).at[0, jnp.array([9, 20])].set(3.0)
     noise = jnp.zeros((1, VOCAB)).at[0, 20].set(1e6)
-    assert int(choose(scores, noise, sampling(1, temperature=0.0), codebook_size=VOCAB)[0]) == 9
+    assert (
+        int(
+            choose(scores, noise, sampling(1, temperature=0.0), codebook_size=VOCAB, ranks=VOCAB)[0]
+        )
+        == 9
+    )
 
 
 def test_noise_replays_sesames_draw() -> None:
@@ -106,6 +141,7 @@ def test_noise_replays_sesames_draw() -> None:
         jnp.asarray(-np.log(noise)),
         sampling(32, temperature=1.0, top_k=0),
         codebook_size=VOCAB,
+        ranks=0,
     )
     assert np.asarray(got).tolist() == want.tolist()
 
@@ -119,6 +155,7 @@ def test_draws_follow_the_distribution() -> None:
         gumbel(keys, 3, num_codes=4),
         sampling(count, temperature=1.0, top_k=0),
         codebook_size=4,
+        ranks=0,
     )
     shares = np.bincount(np.asarray(drawn), minlength=4) / count
     want = np.asarray(jax.nn.softmax(scores[0]))
