@@ -1,0 +1,126 @@
+"""The orbax layout: our own tree of parameters in a directory, `config.json` beside it.
+
+Names are our dotted paths. Restoring goes leaf by leaf against an abstract target, so that only one
+leaf is held; saving hands orbax the whole tree as arrays and limits what it copies at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from csm_jax.weights.errors import WeightsError
+from csm_jax.weights.source import CHUNK_BYTES, TensorSource
+from csm_jax.weights.tables import TensorSpec, flatten, unflatten
+
+MIN_BUFFER_BYTES = 1 << 28
+"""Least that orbax may hold in write buffers; without a limit it holds the whole model again."""
+
+METADATA_NAME = "_METADATA"
+
+
+def is_orbax(path: Path) -> bool:
+    """Returns whether `path` is an orbax checkpoint directory."""
+    return (path / METADATA_NAME).is_file()
+
+
+@contextlib.contextmanager
+def _named_errors(where: str) -> Iterator[None]:
+    """Turns what orbax and tensorstore raise on damaged files into one error with the name."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError, AttributeError) as error:
+        first_line = (
+            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        )
+        raise WeightsError(where, f"damaged orbax checkpoint: {first_line[:300]}") from error
+
+
+class OrbaxSource(TensorSource):
+    """An orbax directory as a set of tensors; see `TensorSource`.
+
+    Args:
+        path: The directory that holds `_METADATA`.
+
+    Raises:
+        WeightsError: The metadata is damaged or does not describe nested dicts of arrays.
+    """
+
+    def __init__(self, path: Path):
+        import orbax.checkpoint as ocp  # slow to import and not needed for the other layouts
+
+        self.where = str(path)
+        self.recorded_layout: str | None = None
+        self._path = path.absolute()
+        self._ocp = ocp
+        self._checkpointer = ocp.PyTreeCheckpointer()
+        with _named_errors(self.where):
+            metadata = self._checkpointer.metadata(self._path)
+            leaves = flatten(getattr(metadata.item_metadata, "tree", None) or {})
+            self.specs: dict[str, TensorSpec] = {
+                name: TensorSpec(np.dtype(leaf.dtype).name, tuple(leaf.shape))
+                for name, leaf in leaves.items()
+            }
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor as a new array of its stored dtype."""
+        ocp = self._ocp
+        spec = self.specs[name]
+        target = unflatten({name: np.empty((0,))})
+        restore = unflatten({name: ocp.RestoreArgs(restore_type=np.ndarray)})
+        with _named_errors(self.where):
+            tree = self._checkpointer.restore(
+                self._path,
+                args=ocp.args.PyTreeRestore(
+                    item=target, restore_args=restore, partial_restore=True
+                ),
+            )
+            array = flatten(tree)[name]
+        if array.shape != spec.shape or array.dtype.name != spec.dtype:
+            raise WeightsError(
+                self.where,
+                f"tensor {name} is {array.dtype.name}{list(array.shape)} on disk but "
+                f"{spec.dtype}{list(spec.shape)} in the metadata",
+            )
+        return array
+
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """Yields the elements of one tensor in order."""
+        flat = self.read(name).reshape(-1)
+        step = CHUNK_BYTES // flat.itemsize
+        for start in range(0, flat.size, step):
+            yield flat[start : start + step]
+
+    def close(self) -> None:
+        """Ends orbax's background threads."""
+        self._checkpointer.close()
+
+
+def write_orbax(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes jax arrays by dotted path as an orbax checkpoint.
+
+    Args:
+        path: A directory that does not exist yet.
+        arrays: jax arrays: orbax would copy numpy ones all at once.
+
+    Raises:
+        OSError: The directory cannot be written.
+    """
+    import orbax.checkpoint as ocp
+
+    # Orbax refuses a limit that the largest leaf does not stay below. Declared as whole gigabytes,
+    # it takes fractions, and rounding up would cost a gigabyte of memory.
+    limit = max(MIN_BUFFER_BYTES, *(array.nbytes + 1024 for array in arrays.values()))
+    handler = ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=limit / 10**9,  # pyright: ignore[reportArgumentType]
+        # Weights hardly compress, and the compressed copy would be one more buffer.
+        use_compression=False,
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten(arrays)))
