@@ -260,7 +260,7 @@ def compare(args: argparse.Namespace, rows: int, weights: dict[str, Any]) -> dic
 
     config = SIZES[args.size]()
     params = jax.tree.map(
-        lambda tensor: jnp.from_dlpack(tensor.contiguous()),
+        lambda tensor: jax.device_put(jnp.from_dlpack(tensor.contiguous()), jax.devices()[0]),
         inputs.to_params(config, weights[args.dtype]),
     )
     ours = Ours(config, params, rows=rows, prompt=args.prompt)
@@ -351,6 +351,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only-compile", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.dtype = args.dtype or default_dtype(jax.default_backend())
+    if jax.default_backend() != "cpu" and args.reference:
+        parser.error("the references run on the CPU here: give --reference with no names")
     return args
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from csm_jax import sharding
 from csm_jax.array_typing import Params
 from csm_jax.config import FRAME_MS, CSMConfig
 from csm_jax.generate import (
@@ -165,13 +166,14 @@ class StaticBatch:
             params: Weights.
             requests: At least one.
             prompts: One per request.
-            rows: Slots; those beyond the requests stay empty, so that groups share a program.
+            rows: Slots, rounded up to what the mesh divides; those beyond the requests stay empty.
         """
         self.config = config
         self.params = params
         self.requests = list(requests)
         self.prompts = list(prompts)
-        self.rows = rows
+        multiple = sharding.batch_multiple()
+        self.rows = -(-rows // multiple) * multiple
 
     def run(
         self, frames_per_call: int, on_progress: Progress | None
@@ -191,7 +193,8 @@ class StaticBatch:
         )
         made = 0
         while running.any():
-            size = int(min(frames_per_call, (limits - made)[running].max()))
+            # Always the same size: rows stop at their caps, and another size is another program.
+            size = frames_per_call
             longest = int(np.minimum(lengths + made + size, lengths + limits)[running].max())
             window = bucket(longest, WINDOW_BUCKETS, limit=capacity)
             state, codes, valid = generate_frames(
@@ -202,7 +205,7 @@ class StaticBatch:
             yield np.asarray(codes)[: len(running)], np.asarray(valid)[: len(running)], status
             running = status == Status.RUNNING
             if on_progress is not None:
-                on_progress(made, int(limits.max()))
+                on_progress(min(made, int(limits.max())), int(limits.max()))
 
     def speeches(self, on_progress: Progress | None) -> list[Speech]:
         """Returns every request's codes, all frames of a row joined."""

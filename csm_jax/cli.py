@@ -352,10 +352,13 @@ def _check(args: argparse.Namespace, turns: list[tuple[int, str]]) -> None:
     # Again done by the generator, but only after minutes of loading.
     from csm_jax.batch import Request
     from csm_jax.prompt import check_text
-    from csm_jax.sampling import sampling_params
+    from csm_jax.sampling import request_keys, sampling_params
 
     for _, text in turns:
         check_text(text, "the text")
+    for _, transcript, _ in args.context:
+        check_text(transcript, "a context's transcript")
+    request_keys([args.seed + i for i in range(len(turns))])
     _ = Request(text="", speaker=0, max_audio_length_ms=args.max_audio_length_ms).max_frames
     for temperature, top_k in (
         (args.temperature, args.topk),

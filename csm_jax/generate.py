@@ -44,7 +44,7 @@ class Status(IntEnum):
     LENGTH = 3
     """Reached its frame cap."""
     ERROR = 4
-    """Produced scores that are not finite."""
+    """Produced scores that are not finite, or outgrew its cache or window."""
 
 
 @pytree
@@ -133,6 +133,8 @@ def pad_prompts(
             )
         if not len(frames):
             raise ValueError(f"prompt {i} is empty")
+        if not mask.any(axis=1).all():
+            raise ValueError(f"prompt {i} has positions without any column; padding is added here")
         if np.any((frames < 0) | (frames >= limits)):
             raise ValueError(
                 f"prompt {i} holds an id out of range: audio codes must be in "
@@ -212,7 +214,8 @@ def insert(
     """Returns the state with prompt `i` started in slot `slot[i]`.
 
     A slot is overwritten whole, zeros beyond the prompt: what its last user left there (a NaN times a
-    masked zero is a NaN) must not reach the next.
+    masked zero is a NaN) must not reach the next. A prompt longer than the capacity ends at once in
+    `Status.ERROR`.
 
     Args:
         state: Donated.
@@ -242,7 +245,11 @@ def insert(
         frame=put(state.frame, jnp.zeros((count,), jnp.int32)),
         status=put(
             state.status,
-            jnp.where(settings.max_frames > 0, Status.RUNNING, Status.LENGTH).astype(jnp.int32),
+            jnp.select(
+                [prefix.length > state.cache.capacity, settings.max_frames > 0],
+                [Status.ERROR, Status.RUNNING],
+                Status.LENGTH,
+            ).astype(jnp.int32),
         ),
         settings=jax.tree.map(put, state.settings, settings),
     )
@@ -267,7 +274,8 @@ def generate_frames(
         state: Donated.
         config: Sizes.
         num_frames: Frames to make; any split of a number of frames gives the same codes.
-        window: Cache positions to read; at least the longest running row plus `num_frames`.
+        window: Cache positions to read; at least the longest running row plus `num_frames`. A
+            row that reaches it ends in `Status.ERROR`.
         ranks: Scores sorted per draw; at least `csm_jax.sampling.ranks_needed` of the rows.
 
     Returns:
@@ -287,7 +295,8 @@ def generate_frames(
         )
         running = state.status == Status.RUNNING
         ended = running & ~(codes != 0).any(axis=-1)
-        failed = running & ~finite
+        # A row that outgrows the window would not see what it writes: it must not go on unnoticed.
+        failed = running & ~(finite & (state.cache.length < window))
         valid = running & ~ended & ~failed
         codes = jnp.where(valid[:, None], codes, 0)
         with jax.named_scope("backbone"):

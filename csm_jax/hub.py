@@ -36,6 +36,9 @@ CHECKPOINTS = (
     "ckpt.pt",
     "transformers.safetensors.index.json",
     "model.safetensors.index.json",
+    "ckpt.safetensors",  # csm-mlx's names
+    "mlx-ckpt.safetensors",
+    "latest.safetensors",
 )
 """Names of a checkpoint, in order of preference; after these, the orbax directory `params`."""
 ORBAX = "params"
@@ -58,7 +61,7 @@ class ModelFiles:
 
     Attributes:
         checkpoint: A checkpoint file, an index file beside its shards, or an orbax directory.
-        config: `config.json`; None where an orbax checkpoint has none beside it.
+        config: `config.json`; None where a lone checkpoint has none beside it.
         prompts_dir: Example recordings; None where there are none.
         places: Directories to look in for the other files.
         local: Whether those are the only places; otherwise the hub follows.
@@ -252,8 +255,6 @@ def _locate_beside(checkpoint: Path) -> ModelFiles:
     # An orbax directory may hold the other files itself.
     places = (checkpoint, parent) if checkpoint.is_dir() else (parent,)
     config = next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
-    if config is None and checkpoint.is_file():
-        config = _fetch(CSM_REPO, CONFIG)
     return ModelFiles(
         checkpoint=checkpoint,
         config=config,

@@ -7,7 +7,7 @@ valid positions: one number per row for the backbone, whose rows differ, or one 
 for the decoder, whose rows are always at the same codebook.
 
 Positions at or beyond `length` are never attended to. A row's valid positions never exceed the
-capacity: admission checks prompt + frames against it (`csm_jax.generate`). A row that has ended goes on
+capacity: `csm_jax.generate` ends a row that would. A row that has ended goes on
 being stepped with its batch; its writes are clamped into its own last position, where nobody reads.
 """
 
@@ -92,18 +92,38 @@ def append(
 
     def write(into: Array, new: Array) -> Array:
         new = new.astype(into.dtype)
-        zero = jnp.zeros((), jnp.int32)
         if cache.length.ndim == 0:
-            return jax.lax.dynamic_update_slice(into, new, (zero, zero, cache.length, zero))
-        return jax.vmap(
-            lambda row, update, start: jax.lax.dynamic_update_slice(
-                row, update, (zero, start, zero)
-            )
-        )(into, new, cache.length)
+            return _put(into, new, 0, cache.length)
+        if sharding.explicit_mesh():
+            return _write_rows(into, new, cache.length)
+        return jax.lax.platform_dependent(
+            into, new, cache.length, cpu=_write_row_by_row, default=_write_rows
+        )
 
     keys, values = list(cache.k), list(cache.v)
     keys[layer], values[layer] = write(keys[layer], k), write(values[layer], v)
     return KVCache(k=tuple(keys), v=tuple(values), length=cache.length)
+
+
+def _put(into: Array, new: Array, row: int | Array, start: Array) -> Array:
+    index = [jnp.asarray(i, jnp.int32) for i in (row, 0, start, 0)]
+    return jax.lax.dynamic_update_slice(into, new, index)
+
+
+def _write_rows(into: Array, new: Array, starts: Array) -> Array:
+    zero = jnp.zeros((), jnp.int32)
+    return jax.vmap(
+        lambda row, update, start: jax.lax.dynamic_update_slice(row, update, (zero, start, zero))
+    )(into, new, starts)
+
+
+def _write_row_by_row(into: Array, new: Array, starts: Array) -> Array:
+    # XLA:CPU turns the batched write into a scatter that takes 46 ms for 8 rows of CSM-1B; one row
+    # after the other it is done in place and costs nothing that can be measured.
+    def put(row: Array, into: Array) -> Array:
+        return _put(into, jax.lax.dynamic_slice_in_dim(new, row, 1), row, starts[row])
+
+    return jax.lax.fori_loop(0, into.shape[0], put, into)
 
 
 def advance(cache: KVCache, steps: Int[Array, "B"] | int) -> KVCache:

@@ -257,6 +257,8 @@ class Generator:
                     if len(audio):
                         yield audio
                 if status[0] == Status.ERROR:
+                    if marker is not None:
+                        yield marker.flush()
                     raise GenerationError(
                         "the model's scores were not finite: check the weights, or use float32",
                         [None],
@@ -342,6 +344,7 @@ def load_csm_1b(
         files.checkpoint,
         layout=layout,
         dtype=dtype or csm_config.default_dtype(jax.default_backend()),
+        config=csm_config.read_config(files.config) if files.config is not None else None,
     )
     return Generator(
         config=config,
@@ -355,8 +358,12 @@ def load_csm_1b(
 
 def enable_compilation_cache() -> None:
     """Turns on JAX's persistent compilation cache, unless one is configured."""
+    from jax.experimental.compilation_cache import compilation_cache
+
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         default = Path.home() / ".cache" / "csm_jax"
         jax.config.update(
             "jax_compilation_cache_dir", os.environ.get("CSM_JAX_CACHE_DIR", str(default))
         )
+        # JAX settles at its first compilation whether it has a cache; that may be behind us.
+        compilation_cache.reset_cache()

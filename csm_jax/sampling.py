@@ -59,10 +59,12 @@ def sampling_params(
             f"{len(min_p)} min_p: one of each per row is needed"
         )
     for value in temperature:
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {value}")
+        if not (value == 0 or (math.isfinite(value) and value >= _LEAST_TEMPERATURE)):
+            raise ValueError(
+                f"temperature must be 0 (greedy) or at least {_LEAST_TEMPERATURE}, got {value}"
+            )
     for value in top_k:
-        if isinstance(value, bool) or int(value) != value or value < 0:
+        if isinstance(value, bool) or int(value) != value or not 0 <= value < 2**31:
             raise ValueError(f"top_k must be 0 (all codes) or a positive integer, got {value}")
     for value in top_p:
         if not 0 < value <= 1:
@@ -78,10 +80,13 @@ def sampling_params(
     )
 
 
+_LEAST_TEMPERATURE = 1e-3  # below, scores divided by it leave float32's range
+
+
 def request_keys(seeds: Sequence[int]) -> UInt[Array, "B 2"]:
     """Returns the raw key of each request, a function of its seed alone.
 
-    The threefry generator is named, so a seed means the same codes on every device and JAX version.
+    The threefry generator is named, so that a seed means the same noise on every device.
 
     Raises:
         ValueError: A seed is not an integer in [0, 2**64).

@@ -40,6 +40,13 @@ def explicit_mesh() -> bool:
     return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
+def batch_multiple() -> int:
+    """Returns what a batch must be a multiple of to be split over the mesh that is set."""
+    if not explicit_mesh():
+        return 1
+    return jax.sharding.get_abstract_mesh().shape.get(RULES["batch"], 1)
+
+
 def spec(*axes: str | None) -> P | None:
     """Returns the partition of an array with these logical axes, or None without an explicit mesh.
 

@@ -15,6 +15,7 @@ def missing_dependency(package: str, purpose: str) -> MissingDependencyError:
     """Returns the error to raise where `package` cannot be imported for `purpose`."""
     return MissingDependencyError(
         f"{purpose} needs the Python package {package!r}, which is not installed; "
-        "install the torch bridge: pip install 'csm_jax[torch]'",
+        "install the torch bridge: pip install 'csm_jax[torch]' && "
+        "pip install --no-deps moshi==0.2.13",
         name=package,
     )

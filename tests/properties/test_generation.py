@@ -265,6 +265,9 @@ def test_bad_prompts_are_refused() -> None:
     frames, mask = prompt(CONFIG, 4, 4)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         pad_prompts([(frames, mask), (frames[:0], mask[:0])], config=CONFIG)
+    left = np.concatenate([np.zeros((2, frames.shape[1]), np.int32), frames])
+    with pytest.raises(ValueError, match="positions without any column"):
+        pad_prompts([(left, left > 0)], config=CONFIG)
     with pytest.raises(ValueError, match=r"must both be \[T, 5\]"):
         pad_prompts([(frames[:, :-1], mask[:, :-1])], config=CONFIG)
     frames = frames.copy()
@@ -281,3 +284,39 @@ def test_weights_of_another_tree_are_refused(params: Params) -> None:
     del broken["decoder"]["projection"]
     with pytest.raises(ValueError, match=r"missing \[.*projection"):
         forward(broken, frames, mask, config=CONFIG)
+
+
+def test_a_row_that_outgrows_its_window_says_so(params: Params) -> None:
+    from csm_jax.generate import generate_frames
+
+    state = start(CONFIG, params, PROMPTS[:2], settings([0, 1]))
+    length = len(PROMPTS[1][0])
+    state, _, valid = generate_frames(
+        params, state, config=CONFIG, num_frames=4, window=length + 2, ranks=64
+    )
+    assert valid.sum(axis=1).tolist() == [4, 2]
+    assert state.status.tolist() == [Status.RUNNING, Status.ERROR]
+
+
+def test_a_prompt_beyond_the_capacity_says_so(params: Params) -> None:
+    long = prompt(CONFIG, CAPACITY + 1, 0)
+    assert start(CONFIG, params, [long], settings([0])).status.tolist() == [Status.ERROR]
+
+
+def test_an_untied_decoder_reads_its_own_table() -> None:
+    untied = dataclasses.replace(CONFIG, tie_codebooks_embeddings=False)
+    params = params_of(untied)
+    frames, mask = (jnp.asarray(part)[None] for part in prompt(CONFIG, 3, 4))
+    c0, decoder = forward(params, frames, mask, config=untied)
+    other = params | {
+        "decoder": params["decoder"]
+        | {"audio_embeddings": params["decoder"]["audio_embeddings"][::-1]}
+    }
+    other_c0, other_decoder = forward(other, frames, mask, config=untied)
+    np.testing.assert_array_equal(np.asarray(other_c0), np.asarray(c0))
+    assert float(jnp.abs(other_decoder - decoder).max()) > 0.1
+    codes = [
+        run(untied, weights, start(untied, weights, [PROMPTS[0]], settings([0])), [4])[1]
+        for weights in (params, other)
+    ]
+    assert (codes[0] != codes[1]).any()

@@ -1,0 +1,249 @@
+"""Generator: batches, streams, ends and failures, with a codec that shows its codes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from csm_jax.array_typing import Params
+from csm_jax.generate import generate_frames
+from csm_jax.model import param_shardings
+from csm_jax.pipeline import GenerationError, Generator, Request, Segment, load_csm_1b
+from csm_jax.prompt import TextTokenizer
+from tests.support.codec import PlainCodec
+from tests.support.model import params_of, short_config
+from tests.support.tokenizer import write_tokenizer
+
+CONFIG = short_config()
+SAMPLES = 1920
+
+
+class Marker:
+    """Adds 1 to every sample, and holds one frame back in a stream."""
+
+    def embed(self, audio: np.ndarray, sample_rate: int, key: Any) -> np.ndarray:
+        assert sample_rate == 24_000
+        assert tuple(key) == (1, 2, 3, 4, 5)
+        return audio + 1
+
+    def open_stream(self, sample_rate: int, key: Any) -> Marker:
+        self.held = np.zeros(0, np.float32)
+        return self
+
+    def push(self, audio: np.ndarray) -> np.ndarray:
+        both = np.concatenate([self.held, audio + 1])
+        self.held = both[-SAMPLES:]
+        return both[:-SAMPLES]
+
+    def flush(self) -> np.ndarray:
+        rest, self.held = self.held, np.zeros(0, np.float32)
+        return rest
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    write_tokenizer(path, vocab_size=CONFIG.text_vocab_size)
+    return TextTokenizer.from_file(path)
+
+
+def make(tokenizer: TextTokenizer, params: Params, *, marked: bool = False) -> Generator:
+    return Generator(
+        config=CONFIG,
+        params=params,
+        tokenizer=tokenizer,
+        codec=PlainCodec(num_codebooks=CONFIG.num_codebooks, codebook_size=CONFIG.codebook_size),
+        watermarker=Marker() if marked else None,
+        watermark_key=(1, 2, 3, 4, 5),
+    )
+
+
+@pytest.fixture(scope="module")
+def generator(tokenizer: TextTokenizer) -> Generator:
+    return make(tokenizer, params_of(CONFIG))
+
+
+CONTEXT = [Segment(speaker=1, text="Before.", audio=np.ones(3 * SAMPLES, np.float32) / 2)]
+REQUESTS = [
+    Request(text="One.", speaker=0, seed=1, max_audio_length_ms=800),
+    Request(text="Two, longer.", speaker=1, seed=2, max_audio_length_ms=400, context=CONTEXT),
+    Request(text="Three", speaker=0, seed=3, max_audio_length_ms=960, temperature=0.5, topk=3),
+    Request(text="Four", speaker=0, seed=4, max_audio_length_ms=160, decoder_temperature=0.0),
+    Request(text="Five", speaker=2, seed=5, max_audio_length_ms=480, top_p=0.8),
+]
+
+
+def test_a_batch_equals_single_runs_in_groups_of_any_size(generator: Generator) -> None:
+    alone = [generator.generate_codes([request])[0].codes for request in REQUESTS]
+    for batch_size in (2, 5):
+        together = generator.generate_codes(REQUESTS, batch_size=batch_size)
+        for one, many in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(many.codes, one)
+            assert many.finish_reason == "length"
+    assert [len(codes) for codes in alone] == [10, 5, 12, 2, 6]
+
+
+def test_a_stream_is_the_whole_piece_by_piece(tokenizer: TextTokenizer) -> None:
+    generator = make(tokenizer, params_of(CONFIG), marked=True)
+    options = {"max_audio_length_ms": 800, "seed": 7}
+    whole = generator.generate("Hello.", 0, CONTEXT, **options)  # pyright: ignore
+    assert len(whole) == 10 * SAMPLES
+    assert whole.min() >= 1  # marked
+    for chunk_frames in (1, 4, 25):
+        pieces = list(
+            generator.stream("Hello.", 0, CONTEXT, chunk_frames=chunk_frames, **options)  # pyright: ignore
+        )
+        np.testing.assert_array_equal(np.concatenate(pieces), whole)
+        assert all(len(piece) for piece in pieces)
+
+
+def test_a_cap_that_is_no_multiple_of_the_chunk_compiles_nothing_new(generator: Generator) -> None:
+    list(generator.stream("Hello.", 0, max_audio_length_ms=480, chunk_frames=3))
+    before = generate_frames._cache_size()  # pyright: ignore
+    list(generator.stream("Hello.", 0, max_audio_length_ms=800, chunk_frames=3))
+    assert generate_frames._cache_size() == before  # pyright: ignore
+
+
+def silent(params: Params) -> Params:
+    head = params["backbone"]["codebook0_head"]
+    return {
+        "backbone": params["backbone"] | {"codebook0_head": jnp.zeros_like(head)},
+        "decoder": params["decoder"]
+        | {"audio_head": jnp.zeros_like(params["decoder"]["audio_head"])},
+    }
+
+
+def test_an_end_at_the_first_frame_is_empty_audio(tokenizer: TextTokenizer) -> None:
+    generator = make(tokenizer, silent(params_of(CONFIG)), marked=True)
+    audio = generator.generate("Hello.", 0, temperature=0.0, max_audio_length_ms=800)
+    assert audio.shape == (0,)
+    assert list(generator.stream("Hello.", 0, temperature=0.0, max_audio_length_ms=800)) == []
+    [speech] = generator.generate_codes(
+        [Request(text="Hello.", speaker=0, temperature=0.0, max_audio_length_ms=800)]
+    )
+    assert speech.finish_reason == "eos"
+    assert speech.codes.shape == (0, CONFIG.num_codebooks)
+
+
+def test_scores_that_are_not_finite_fail_their_request_and_keep_the_others(
+    tokenizer: TextTokenizer,
+) -> None:
+    params = params_of(CONFIG)
+    # One text token's embedding is damaged: only the request that says it fails.
+    [bad] = set(tokenizer.encode("[0]z")) - set(tokenizer.encode("[0]a"))
+    table = params["backbone"]["text_embeddings"].at[bad].set(jnp.nan)
+    generator = make(
+        tokenizer, params | {"backbone": params["backbone"] | {"text_embeddings": table}}
+    )
+    requests = [
+        Request(text=text, speaker=0, max_audio_length_ms=240, seed=3) for text in ("a", "z", "a")
+    ]
+    with pytest.raises(GenerationError, match=r"requests \[1\]") as caught:
+        generator.generate_batch(requests)
+    assert caught.value.failed == [1]
+    first, none, last = caught.value.audios
+    assert none is None
+    assert first is not None
+    assert last is not None
+    np.testing.assert_array_equal(first, last)
+    assert len(first) == 3 * SAMPLES
+    with pytest.raises(GenerationError):
+        list(generator.stream("z", 0, max_audio_length_ms=240))
+
+
+def test_a_prompt_that_just_fits_runs_to_its_cap_and_one_more_does_not(
+    tokenizer: TextTokenizer,
+) -> None:
+    """256 positions: the cache is full to the last position, and the window grows on the way."""
+    small = dataclasses.replace(
+        CONFIG, backbone=dataclasses.replace(CONFIG.backbone, max_seq_len=64)
+    )
+    generator = make(tokenizer, params_of(CONFIG))
+    generator.config = small
+    length = len(tokenizer.encode("[0]a"))
+    most = 64 - length - 1
+    [speech] = generator.generate_codes(
+        [Request(text="a", speaker=0, max_audio_length_ms=80 * most)]
+    )
+    assert len(speech.codes) == most
+    assert speech.finish_reason == "length"
+    with pytest.raises(ValueError, match="max_seq_len=64"):
+        generator.generate("a", 0, max_audio_length_ms=80 * (most + 1))
+
+
+def test_nothing_asked_is_nothing_made(generator: Generator) -> None:
+    assert generator.generate_batch([]) == []
+
+
+def test_progress_ends_at_the_cap(generator: Generator) -> None:
+    seen: list[tuple[int, int]] = []
+    generator.generate(
+        "a", 0, max_audio_length_ms=400, on_progress=lambda done, most: seen.append((done, most))
+    )
+    assert seen[-1] == (5, 5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_any_number_of_rows_runs_on_a_mesh(generator: Generator, rows: int) -> None:
+    requests = REQUESTS[:rows]
+    want = generator.generate_codes(requests)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        sharded = make(
+            generator.tokenizer,
+            jax.device_put(generator.params, param_shardings(CONFIG, mesh)),
+        )
+        got = sharded.generate_codes(requests)
+    for one, many in zip(want, got, strict=True):
+        np.testing.assert_array_equal(many.codes, one.codes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": 1e-20}, "temperature"),
+        ({"topk": -1}, "top_k"),
+        ({"topk": 2**40}, "top_k"),
+        ({"seed": -5}, "seed"),
+        ({"max_audio_length_ms": 79.0}, "less than one frame"),
+        ({"max_audio_length_ms": float("nan")}, "less than one frame"),
+        ({"text": "  "}, "text"),
+        ({"speaker": -1}, "speaker"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_runs(
+    generator: Generator, change: dict[str, Any], message: str
+) -> None:
+    request = dataclasses.replace(REQUESTS[0], **change)
+    with pytest.raises(ValueError, match=message):
+        generator.generate_batch([REQUESTS[1], request])
+
+
+def test_a_device_is_not_a_model() -> None:
+    with pytest.raises(ValueError, match="not a device"):
+        load_csm_1b("cuda")
+
+
+def test_a_damaged_key_is_refused(generator: Generator) -> None:
+    with pytest.raises(ValueError, match="watermark key"):
+        Generator(
+            config=CONFIG,
+            params=generator.params,
+            tokenizer=generator.tokenizer,
+            codec=generator.codec,
+            watermarker=None,
+            watermark_key=(1, 2, 3),
+        )
+
+
+def test_the_path_of_a_missing_model_is_in_the_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_csm_1b(tmp_path / "nowhere")
