@@ -121,7 +121,8 @@ class Generator:
             temperature: 0 is greedy.
             topk: Codes kept at each draw.
             on_progress: Called after every chunk.
-            options: The other fields of `Request`: `seed`, `top_p`, `min_p`, ...
+            options: The other fields of `Request`: `seed` (0 unless given, so that a call repeats
+                itself), `top_p`, `min_p`, ...
 
         Raises:
             ValueError: Bad input, or a context that leaves no room (the message has the numbers).

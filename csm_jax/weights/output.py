@@ -84,7 +84,8 @@ def _commit(staging: Path, destination: Path) -> None:
         staging.rename(destination)
         _sync_directory(destination.absolute().parent)
         return
-    # The config goes last: until then the directory still reads as what it was.
+    # One by one, the config last: a process killed between two of them leaves a mixture. A new
+    # directory, above, has no such moment.
     for item in sorted(staging.iterdir(), key=lambda item: item.name == CONFIG_NAME):
         target = destination / item.name
         if target.is_dir():

@@ -58,8 +58,10 @@ def test_scores_are_those_of_one_device(params: Params, mesh: jax.sharding.Mesh)
         place = sharding.named(mesh, "batch", None, None)
         frames, mask = jax.device_put((frames, mask), place)
         got = jax.jit(forward, static_argnames="config")(sharded, frames, mask, config=CONFIG)
+    # Sums over a split axis add the same terms in another order: the bound is the parity tests' for
+    # a whole stack. Largest seen: 1.2e-5, once in 192,696 scores, with jax 0.12.
     for name, one, many in zip(("c0", "decoder"), want, got, strict=True):
-        np.testing.assert_allclose(np.asarray(many), np.asarray(one), atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(np.asarray(many), np.asarray(one), atol=2e-5, err_msg=name)
         assert jax.typeof(many).sharding.spec[0] == "data"
 
 

@@ -332,13 +332,18 @@ class FakeWatermarker:
     def detect(self, audio: np.ndarray, rate: int) -> tuple[int, ...] | None:
         return FakeWatermarker.key
 
+    def verify(self, audio: np.ndarray, rate: int, key: tuple[int, ...]) -> bool:
+        return FakeWatermarker.key == key
+
 
 @pytest.mark.parametrize(
-    ("key", "status", "said"),
+    ("key", "asked", "status", "said"),
     [
-        ((212, 211, 146, 56, 201), 0, "Sesame's public key"),
-        ((1, 2, 3, 4, 5), 0, "a private key, 1,2,3,4,5"),
-        (None, 1, "no watermark found"),
+        ((212, 211, 146, 56, 201), [], 0, "Sesame's public key"),
+        ((1, 2, 3, 4, 5), ["--watermark-key", "1,2,3,4,5"], 0, "the given key"),
+        ((1, 2, 3, 4, 5), [], 1, "reads like 1,2,3,4,5"),
+        ((212, 211, 146, 56, 201), ["--watermark-key", "1,2,3,4,5"], 1, "not this key"),
+        (None, [], 1, "no watermark found"),
     ],
 )
 def test_verify(
@@ -347,6 +352,7 @@ def test_verify(
     demo_model: Path,
     tmp_path: Path,
     key: tuple[int, ...] | None,
+    asked: list[str],
     status: int,
     said: str,
 ) -> None:
@@ -355,7 +361,8 @@ def test_verify(
     monkeypatch.setattr(watermark, "TorchWatermarker", FakeWatermarker)
     monkeypatch.setattr(FakeWatermarker, "key", key)
     write_audio(tmp_path / "a.wav", np.zeros(24_000, np.float32), 24_000)
-    assert cli.main(["verify", str(tmp_path / "a.wav"), "--model", str(demo_model)]) == status
+    command = ["verify", str(tmp_path / "a.wav"), "--model", str(demo_model), *asked]
+    assert cli.main(command) == status
     assert said in capsys.readouterr().out
 
 
