@@ -231,7 +231,8 @@ class StaticBatch:
         for start in range(0, len(self.prompts), group):
             stop = min(start + group, len(self.prompts))
             pairs = [(prompt.frames, prompt.mask) for prompt in self.prompts[start:stop]]
-            frames, mask = pad_prompts(pairs, config=config)
+            # On a mesh each device prefills its own rows; a rest that does not divide, every device.
+            frames, mask = map(sharding.split_batch, pad_prompts(pairs, config=config))
             state = insert(
                 state,
                 prefill(params, frames, mask, config=config),

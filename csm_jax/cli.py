@@ -1,7 +1,7 @@
 """The command line: `csm-jax generate | convert | verify | doctor`.
 
-Parsing needs the standard library only, so `--help` answers at once; each command imports what it
-computes with when it runs. A user's mistake is one line on stderr and exit status 2.
+Parsing needs the standard library only, so `--help` answers at once; a command imports what it needs
+when it runs. A user's mistake is one line on stderr and exit status 2.
 """
 
 from __future__ import annotations

@@ -47,6 +47,14 @@ def batch_multiple() -> int:
     return jax.sharding.get_abstract_mesh().shape.get(RULES["batch"], 1)
 
 
+def split_batch(x: Array) -> Array:
+    """Returns `x` with its first axis split over the mesh that is set, where it divides evenly."""
+    if x.shape[0] % batch_multiple():
+        return x
+    partition = spec("batch", *[None] * (x.ndim - 1))
+    return x if partition is None else jax.sharding.reshard(x, partition)
+
+
 def spec(*axes: str | None) -> P | None:
     """Returns the partition of an array with these logical axes, or None without an explicit mesh.
 

@@ -139,3 +139,11 @@ def test_a_mesh_of_automatic_axes_is_left_to_the_compiler(params: Params) -> Non
         frames, mask = jax.device_put((frames, mask), sharding.named(auto, "batch", None, None))
         got = jax.jit(forward, static_argnames="config")(params, frames, mask, config=CONFIG)[0]
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=1e-5)
+
+
+def test_a_batch_is_split_where_it_divides(mesh: jax.sharding.Mesh) -> None:
+    with jax.set_mesh(mesh):
+        even, odd = jnp.zeros((8, 3)), jnp.zeros((3, 3))
+        assert jax.typeof(sharding.split_batch(even)).sharding.spec == P("data", None)
+        assert sharding.split_batch(odd) is odd
+    assert sharding.split_batch(even) is even

@@ -190,7 +190,7 @@ def test_progress_ends_at_the_cap(generator: Generator) -> None:
     assert seen[-1] == (5, 5)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 4])
 def test_any_number_of_rows_runs_on_a_mesh(generator: Generator, rows: int) -> None:
     requests = REQUESTS[:rows]
     want = generator.generate_codes(requests)
