@@ -7,10 +7,11 @@ a host loop around `csm_jax.generate`; nothing here touches a model's insides. A
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -128,14 +129,14 @@ class Generator:
             ValueError: Bad input, or a context that leaves no room (the message has the numbers).
             GenerationError: The model's scores were not finite.
         """
-        request = Request(
+        request = _request(
+            options,
             text=text,
             speaker=speaker,
             context=context,
             max_audio_length_ms=max_audio_length_ms,
             temperature=temperature,
             topk=topk,
-            **options,  # pyright: ignore[reportArgumentType]
         )
         return self.generate_batch([request], on_progress=on_progress)[0]
 
@@ -231,14 +232,14 @@ class Generator:
         """
         if chunk_frames < 1:
             raise ValueError(f"chunk_frames must be at least 1, got {chunk_frames}")
-        request = Request(
+        request = _request(
+            options,
             text=text,
             speaker=speaker,
             context=context,
             max_audio_length_ms=max_audio_length_ms,
             temperature=temperature,
             topk=topk,
-            **options,  # pyright: ignore[reportArgumentType]
         )
         batch = StaticBatch(self.config, self.params, [request], [self._prompt(request)], rows=1)
         return self._stream(batch, chunk_frames)
@@ -297,6 +298,16 @@ class Generator:
             max_frames=request.max_frames,
             truncate_context=request.truncate_context,
         )
+
+
+def _request(options: Mapping[str, Any], **given: Any) -> Request:
+    known = {field.name for field in dataclasses.fields(Request)} - given.keys()
+    if unknown := options.keys() - known:
+        raise TypeError(
+            f"unknown options {sorted(unknown)}: besides the named arguments (topk is one word) there "
+            f"are {sorted(known)}"
+        )
+    return Request(**given, **options)
 
 
 def load_csm_1b(

@@ -227,6 +227,12 @@ def test_bad_requests_are_refused_before_anything_runs(
         generator.generate_batch([REQUESTS[1], request])
 
 
+def test_an_unknown_option_is_named_beside_the_known_ones(generator: Generator) -> None:
+    for call in (generator.generate, generator.stream):
+        with pytest.raises(TypeError, match=r"\['top_k'\].*topk is one word.*decoder_topk"):
+            call("a", 0, top_k=50)
+
+
 def test_a_device_is_not_a_model() -> None:
     with pytest.raises(ValueError, match="not a device"):
         load_csm_1b("cuda")
