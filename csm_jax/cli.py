@@ -1,7 +1,6 @@
 """The command line: `csm-jax generate | convert | verify | doctor`.
 
-Parsing needs the standard library only, so `--help` answers at once; a command imports what it needs
-when it runs. A user's mistake is one line on stderr and exit status 2.
+Parsing needs the standard library only, so `--help` is instant. A user's mistake is one line, exit 2.
 """
 
 from __future__ import annotations

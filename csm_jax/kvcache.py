@@ -92,38 +92,18 @@ def append(
 
     def write(into: Array, new: Array) -> Array:
         new = new.astype(into.dtype)
+        zero = jnp.zeros((), jnp.int32)
         if cache.length.ndim == 0:
-            return _put(into, new, 0, cache.length)
-        if sharding.explicit_mesh():
-            return _write_rows(into, new, cache.length)
-        return jax.lax.platform_dependent(
-            into, new, cache.length, cpu=_write_row_by_row, default=_write_rows
-        )
+            return jax.lax.dynamic_update_slice(into, new, (zero, zero, cache.length, zero))
+        return jax.vmap(
+            lambda row, update, start: jax.lax.dynamic_update_slice(
+                row, update, (zero, start, zero)
+            )
+        )(into, new, cache.length)
 
     keys, values = list(cache.k), list(cache.v)
     keys[layer], values[layer] = write(keys[layer], k), write(values[layer], v)
     return KVCache(k=tuple(keys), v=tuple(values), length=cache.length)
-
-
-def _put(into: Array, new: Array, row: int | Array, start: Array) -> Array:
-    index = [jnp.asarray(i, jnp.int32) for i in (row, 0, start, 0)]
-    return jax.lax.dynamic_update_slice(into, new, index)
-
-
-def _write_rows(into: Array, new: Array, starts: Array) -> Array:
-    zero = jnp.zeros((), jnp.int32)
-    return jax.vmap(
-        lambda row, update, start: jax.lax.dynamic_update_slice(row, update, (zero, start, zero))
-    )(into, new, starts)
-
-
-def _write_row_by_row(into: Array, new: Array, starts: Array) -> Array:
-    # XLA:CPU turns the batched write into a scatter that takes 46 ms for 8 rows of CSM-1B; one row
-    # after the other it is done in place and costs nothing that can be measured.
-    def put(row: Array, into: Array) -> Array:
-        return _put(into, jax.lax.dynamic_slice_in_dim(new, row, 1), row, starts[row])
-
-    return jax.lax.fori_loop(0, into.shape[0], put, into)
 
 
 def advance(cache: KVCache, steps: Int[Array, "B"] | int) -> KVCache:

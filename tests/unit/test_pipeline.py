@@ -161,7 +161,7 @@ def test_scores_that_are_not_finite_fail_their_request_and_keep_the_others(
 def test_a_prompt_that_just_fits_runs_to_its_cap_and_one_more_does_not(
     tokenizer: TextTokenizer,
 ) -> None:
-    """256 positions: the cache is full to the last position, and the window grows on the way."""
+    """Prompt and frames fill 63 of 64 positions, the most the reference's rule allows."""
     small = dataclasses.replace(
         CONFIG, backbone=dataclasses.replace(CONFIG.backbone, max_seq_len=64)
     )
