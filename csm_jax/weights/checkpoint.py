@@ -7,6 +7,7 @@ leaf is held; saving hands orbax the whole tree as arrays and limits what it cop
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,39 @@ def _named_errors(where: str) -> Iterator[None]:
         raise WeightsError(where, f"damaged orbax checkpoint: {first_line[:300]}") from error
 
 
+def _check_stored(path: Path) -> None:
+    """Refuses a checkpoint whose metadata lists an array that its files do not hold.
+
+    Orbax opens all arrays at once. When one fails it reports none of them, and it closes its event
+    loop while the others are still being opened, which prints a second, stray error.
+
+    Args:
+        path: The directory that holds `_METADATA`.
+
+    Raises:
+        WeightsError: Arrays are missing; lists them.
+        ValueError, KeyError, TypeError, AttributeError: The metadata or the index is damaged.
+    """
+    import tensorstore as ts
+
+    metadata = json.loads((path / METADATA_NAME).read_text(encoding="utf-8"))
+    if not metadata.get("use_ocdbt", False):
+        return
+    described = "zarr.json" if metadata.get("use_zarr3", False) else ".zarray"
+    names = [
+        ".".join(str(key["key"]) for key in leaf["key_metadata"])
+        for leaf in metadata["tree_metadata"].values()
+    ]
+    store = ts.KvStore.open({"driver": "ocdbt", "base": path.as_uri() + "/"}).result()
+    problems = [
+        f"{METADATA_NAME} lists {name}, which is not stored"
+        for name in names
+        if store.read(f"{name}/{described}").result().state != "value"
+    ]
+    if problems:
+        raise WeightsError(str(path), problems)
+
+
 class OrbaxSource(TensorSource):
     """An orbax directory as a set of tensors; see `TensorSource`.
 
@@ -61,6 +95,7 @@ class OrbaxSource(TensorSource):
         self._ocp = ocp
         self._checkpointer = ocp.PyTreeCheckpointer()
         with _named_errors(self.where):
+            _check_stored(self._path)
             metadata = self._checkpointer.metadata(self._path)
             leaves = flatten(getattr(metadata.item_metadata, "tree", None) or {})
             self.specs: dict[str, TensorSpec] = {
