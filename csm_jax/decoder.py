@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from csm_jax import sharding
 from csm_jax.array_typing import Array, Float, Int
 from csm_jax.config import CSMConfig
-from csm_jax.llama import Stack, embed_codes, linear, parameter, project
+from csm_jax.linear import project
+from csm_jax.llama import Stack, embed_codes, linear, parameter
 
 
 class Decoder(Stack):

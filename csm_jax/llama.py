@@ -9,14 +9,12 @@ and one more rms_norm after the last block. Queries have N heads, keys and value
 n = k·G + g shares key head k. RoPE rotates half-pairs (i, i + H/2), as transformers does; layouts that
 store interleaved pairs are permuted where they are read (`csm_jax.weights.transforms`).
 
-Every projection is stored `[out, in]` and contracted on its last axis by `project`, the only owner of
-a matrix product with a weight. Norms, rotation, softmax and logits are float32 in every precision
+Every projection is stored `[out, in]` and contracted on its last axis by `csm_jax.linear.project`.
+Norms, rotation, softmax and logits are float32 in every precision
 (torchtune `RMSNorm` and `Llama3ScaledRoPE` do the same; its softmax is the fused kernel's, also float32).
 """
 
 from __future__ import annotations
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +25,7 @@ from csm_jax import kvcache, sharding
 from csm_jax.array_typing import Array, Bool, Float, Int
 from csm_jax.config import LlamaConfig
 from csm_jax.kvcache import KVCache
+from csm_jax.linear import project
 
 
 def parameter(shape: tuple[int, ...], axes: tuple[str, ...], *, scale: float | None) -> nnx.Param:
@@ -43,53 +42,6 @@ def parameter(shape: tuple[int, ...], axes: tuple[str, ...], *, scale: float | N
 def linear(out_dim: int, in_dim: int, axes: tuple[str, str]) -> nnx.Param:
     """Returns the declaration of a projection `[out, in]` with fan-in scaling."""
     return parameter((out_dim, in_dim), axes, scale=in_dim**-0.5)
-
-
-def project(
-    x: Float[Array, "*batch I"], w: Float[Array, "O I"], *, float32: bool = False
-) -> Float[Array, "*batch O"]:
-    """Returns `x @ w.T` in the dtype of `x`, or in float32 for logits.
-
-    float32 operands multiply in true float32 on every device: whoever asks for float32 wants the
-    reference's numbers, not TF32 or three bf16 passes.
-    """
-    exact = x.dtype == jnp.float32
-
-    def product(x: Array, w: Array) -> Array:
-        return jnp.einsum(
-            "...i,oi->...o",
-            x,
-            w,
-            precision=jax.lax.Precision.HIGHEST if exact else None,
-            preferred_element_type=jnp.float32 if float32 else x.dtype,
-            out_sharding=_projected(x, w),
-        )
-
-    rows = math.prod(x.shape[:-1])
-    if exact and w.dtype == x.dtype and rows in _FEW_ROWS and not sharding.explicit_mesh():
-        return jax.lax.platform_dependent(x, w, cpu=_few_rows_product, default=product)
-    return product(x, w)
-
-
-_FEW_ROWS = range(2, 65)
-
-
-def _few_rows_product(x: Array, w: Array) -> Array:
-    # XLA:CPU hands both forms to the same library, but as a product of a few rows it repacks the
-    # weight each time, and as this sum, weight first, it reads it in place: 2 times as fast at 2 to 8
-    # rows, 1.3 at 32, slower from 128 up and at 1 (measured on 2 AVX2 cores).
-    # The barriers keep the sum whole and alone: XLA would fuse it into its neighbours, and would
-    # write out the broadcast of x where two weights share it, both far slower.
-    flat, w = jax.lax.optimization_barrier((x.reshape(-1, x.shape[-1]), w))
-    y = jax.lax.optimization_barrier(jnp.sum(w[None] * flat[:, None], axis=-1))
-    return y.reshape(*x.shape[:-1], w.shape[0])
-
-
-def _projected(x: Array, w: Array) -> jax.sharding.PartitionSpec | None:
-    if not sharding.explicit_mesh():
-        return None
-    rows = jax.typeof(x).sharding.spec[: x.ndim - 1]
-    return jax.sharding.PartitionSpec(*rows, jax.typeof(w).sharding.spec[0])
 
 
 def embed_codes(

@@ -24,7 +24,8 @@ from csm_jax.array_typing import Array, Bool, DTypeLike, Float, Int, Key, Params
 from csm_jax.backbone import Backbone
 from csm_jax.config import CSMConfig, LlamaConfig
 from csm_jax.decoder import Decoder
-from csm_jax.llama import embed_codes, project
+from csm_jax.linear import project
+from csm_jax.llama import embed_codes
 from csm_jax.sampling import SamplingParams, choose, gumbel
 
 

@@ -2,7 +2,7 @@
 
 Every parameter names its axes logically beside its shape (`heads`, `mlp`, ...); `RULES` is the one
 table that says which mesh axis each of them is split over. Under `jax.set_mesh` with explicit axes the
-activations follow from the parameters and the batch: `csm_jax.llama.project` derives the sharding of
+activations follow from the parameters and the batch: `csm_jax.linear.project` derives the sharding of
 its result from its operands, so the model code names no mesh axis at all.
 
 Without a mesh, or under a mesh of automatic axes, every function here returns None and the same code
