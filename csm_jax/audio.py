@@ -9,9 +9,11 @@ audio through it on the way into and out of the watermark.
 from __future__ import annotations
 
 import functools
+import io
 import math
 import operator
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +29,11 @@ _GATHER_ELEMENTS = 1 << 22  # samples copied into one matrix product: 16 MiB
 _FORMATS = {".wav": "WAV", ".flac": "FLAC"}
 _MAX_PEAK = 100.0  # far above any float recording, far below unscaled 16-bit samples
 _READ_BLOCK = 1 << 18
+# In libsndfile's notes on a WAV, AIFF or AU file: the bytes its header promises, and those that are there.
+_PROMISED_BYTES = re.compile(
+    r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE
+)
+_UNKNOWN_BYTES = 0x7FFF_0000  # programs that write into a pipe promise this or more
 
 
 def check_rate(rate: Any, name: str) -> int:
@@ -216,8 +223,8 @@ def read_audio(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not audio, has several channels and `mono` is None, is empty or too long,
-            or holds NaN or infinity.
+        ValueError: It is not audio, has several channels and `mono` is None, is empty, cut short or
+            too long, or holds NaN or infinity.
     """
     import soundfile
 
@@ -230,11 +237,14 @@ def read_audio(
         with soundfile.SoundFile(path) as file:
             rate, channels = file.samplerate, file.channels
             if channels > 1 and mono is None:
-                raise ValueError(
-                    f"{path} has {channels} channels and CSM needs one; average them with "
-                    'read_audio(path, mono="mean"), or write a mono file '
+                error = ValueError(
+                    f"{path} has {channels} channels and CSM needs one: write a mono file "
                     f"(for example: ffmpeg -i {path.name} -ac 1 mono.wav)"
                 )
+                # A note is seen where the call is written: in Python, not on the command line.
+                error.add_note('or average the channels: read_audio(path, mono="mean")')
+                raise error
+            _check_promise(path, file.extra_info)
             budget = int(max_duration_s * rate)
             too_long = f"{path} is longer than the {max_duration_s:g} s allowed; cut it"
             if 0 < budget < file.frames < 1 << 62:  # unknown lengths are reported as 2**63 - 1
@@ -249,12 +259,25 @@ def read_audio(
                     raise ValueError(too_long)
                 blocks.append(block.mean(axis=1, dtype=np.float32) if channels > 1 else block[:, 0])
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path} cannot be read as audio: {error.error_string}") from error
+        reason = error.error_string.strip() or "it is damaged or cut short"
+        raise ValueError(f"{path} cannot be read as audio: {reason}") from error
     if not decoded:
         raise ValueError(f"{path} holds no audio")
     return check_audio(np.concatenate(blocks), str(path)), check_rate(
         rate, f"sample rate of {path}"
     )
+
+
+def _check_promise(path: Path, notes: str) -> None:
+    found = _PROMISED_BYTES.search(notes)
+    if found is None:
+        return
+    promised, there = map(int, found.groups())
+    if there < promised < _UNKNOWN_BYTES:
+        raise ValueError(
+            f"{path} is cut short: its header promises {promised:,} bytes of audio and {there:,} "
+            "are there; get it again"
+        )
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -293,11 +316,13 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         # By trying: permission bits alone say nothing about read-only mounts or a root user.
         temporary, descriptor = _create_beside(target)
     except OSError as error:
-        raise type(error)(
-            error.errno, f"cannot write {path}: {error.strerror}", str(target.parent)
-        ) from error
+        raise _cannot_write(path, error) from error
     os.close(descriptor)
     temporary.unlink()
+
+
+def _cannot_write(path: str | os.PathLike[str], error: OSError) -> OSError:
+    return type(error)(error.errno, f"cannot write {path}: {error.strerror or error}")
 
 
 def write_audio(path: str | os.PathLike[str], audio: Any, rate: int) -> None:
@@ -311,7 +336,7 @@ def write_audio(path: str | os.PathLike[str], audio: Any, rate: int) -> None:
         FileNotFoundError: The directory does not exist.
         ValueError: Unsupported suffix, or bad audio (see `check_audio`).
         TypeError: The samples are not floating point.
-        OSError: The disk is full or not writable.
+        OSError: The disk is full or not writable; the message names `path`.
     """
     import soundfile
 
@@ -319,22 +344,26 @@ def write_audio(path: str | os.PathLike[str], audio: Any, rate: int) -> None:
     rate = check_rate(rate, "rate")
     empty = getattr(audio, "shape", None) == (0,)
     samples = np.zeros(0, np.float32) if empty else check_audio(audio, "audio")
+    # Encoded in memory: in the middle of a file, the library would meet a full disk in a callback.
+    encoded, kind = io.BytesIO(), _FORMATS[Path(path).suffix.lower()]
+    try:
+        soundfile.write(encoded, np.clip(samples, -1.0, 1.0), rate, format=kind, subtype="PCM_16")
+    except soundfile.LibsndfileError as error:
+        raise OSError(f"cannot write {path}: {error.error_string}") from error
+    try:
+        _place(target, encoded.getbuffer())
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _place(target: Path, data: memoryview) -> None:
     temporary, descriptor = _create_beside(target)
     try:
-        with os.fdopen(descriptor, "w+b") as file:
-            soundfile.write(
-                file,
-                np.clip(samples, -1.0, 1.0),
-                rate,
-                format=_FORMATS[Path(path).suffix.lower()],
-                subtype="PCM_16",
-            )
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except soundfile.LibsndfileError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.error_string}") from error
     except BaseException:  # Ctrl-C must not leave the temporary file behind either
         temporary.unlink(missing_ok=True)
         raise

@@ -5,16 +5,18 @@ The host loop around `csm_jax.generate` that knows neither text nor audio: promp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from csm_jax import sharding
-from csm_jax.array_typing import Params
+from csm_jax.array_typing import Array, Params
 from csm_jax.config import FRAME_MS, CSMConfig
 from csm_jax.generate import (
     PREFILL_BUCKETS,
@@ -50,6 +52,8 @@ _FINISH: dict[int, Literal["eos", "length", "error"]] = {
 class Request:
     """One utterance to speak.
 
+    Types are checked when it is made, values against the model before any work.
+
     Attributes:
         text: What to say.
         speaker: Speaker id, as in the context.
@@ -78,18 +82,78 @@ class Request:
     seed: int = 0
     truncate_context: bool = False
 
+    def __post_init__(self) -> None:
+        """Makes the context a tuple.
+
+        Raises:
+            TypeError: An argument has the wrong type; the message names it.
+        """
+        if not isinstance(self.text, str):
+            raise TypeError(f"text must be a string, got {_shown(self.text)}")
+        if isinstance(self.speaker, (bool, np.bool_)) or not hasattr(self.speaker, "__index__"):
+            raise TypeError(f"speaker must be an integer, got {_shown(self.speaker)}")
+        object.__setattr__(self, "context", _as_tuple(self.context, Segment, "context"))
+        for name in _NUMBERS:
+            _check_number(getattr(self, name), name)
+        for name in ("decoder_temperature", "decoder_topk"):
+            if getattr(self, name) is not None:
+                _check_number(getattr(self, name), name)
+        if not isinstance(self.truncate_context, (bool, np.bool_)):
+            raise TypeError(f"truncate_context must be a bool, got {_shown(self.truncate_context)}")
+
     @property
     def max_frames(self) -> int:
         """Most frames to make.
 
         Raises:
-            ValueError: Less than one frame is asked for.
+            ValueError: Less than one frame, or no end, is asked for.
         """
         if not self.max_audio_length_ms >= FRAME_MS:
             raise ValueError(
                 f"max_audio_length_ms={self.max_audio_length_ms} is less than one frame ({FRAME_MS} ms)"
             )
-        return int(min(self.max_audio_length_ms, 1e9) / FRAME_MS)
+        if not self.max_audio_length_ms <= _MOST_MS:
+            raise ValueError(
+                f"max_audio_length_ms={self.max_audio_length_ms} is more than any model can make: "
+                "give a finite number of milliseconds, such as 10000"
+            )
+        return int(self.max_audio_length_ms / FRAME_MS)
+
+
+_NUMBERS = ("max_audio_length_ms", "temperature", "topk", "top_p", "min_p", "seed")
+_MOST_MS = 1e9  # eleven days
+
+
+def as_requests(requests: Iterable[Request]) -> list[Request]:
+    """Returns the requests as a list.
+
+    Raises:
+        TypeError: It is not an iterable, or an item is not a `Request`.
+    """
+    return list(_as_tuple(requests, Request, "requests"))
+
+
+def _as_tuple(items: Any, kind: type, name: str) -> tuple[Any, ...]:
+    if isinstance(items, kind):
+        raise TypeError(f"{name} must hold {kind.__name__}s, got one by itself: write [it]")
+    if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
+        raise TypeError(f"{name} must be a list of {kind.__name__}s, got {_shown(items)}")
+    items = tuple(items)
+    for i, item in enumerate(items):
+        if not isinstance(item, kind):
+            raise TypeError(f"{name}[{i}] must be a {kind.__name__}, got {_shown(item)}")
+    return items
+
+
+def _check_number(value: Any, name: str) -> None:
+    # Numbers of numpy and scalars of jax as well. A value like 50.0 for topk is a matter of range.
+    plain = not isinstance(value, (bool, np.bool_)) and getattr(value, "ndim", 0) == 0
+    if not plain or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    return "None" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
 
 
 @dataclass(frozen=True)
@@ -130,6 +194,7 @@ def row_settings(requests: Sequence[Request]) -> RowSettings:
             top_k=[_either(r.decoder_topk, r.topk) for r in requests],
             top_p=[r.top_p for r in requests],
             min_p=[r.min_p for r in requests],
+            prefix="decoder_",
         ),
     )
 
@@ -145,6 +210,22 @@ def chunk_frames() -> int:
     """Returns how many frames to make per call where nobody waits for the first."""
     # A frame takes most of a second on a CPU, where a call costs nothing; elsewhere it is the reverse.
     return 1 if jax.default_backend() == "cpu" else 8
+
+
+class Chunk:
+    """Frames of a batch that are being made."""
+
+    def __init__(self, codes: Array, valid: Array, status: Array, rows: int):
+        self._arrays, self._rows = (codes, valid, status), rows
+
+    @functools.cached_property
+    def _fetched(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        codes, valid, status = (np.asarray(array)[: self._rows] for array in self._arrays)
+        return codes, valid, status
+
+    def wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns codes `[B, n, C]`, which frames count `[B, n]`, and each row's status after them."""
+        return self._fetched
 
 
 class StaticBatch:
@@ -175,10 +256,12 @@ class StaticBatch:
         multiple = sharding.batch_multiple()
         self.rows = -(-rows // multiple) * multiple
 
-    def run(
-        self, frames_per_call: int, on_progress: Progress | None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yields codes `[B, n, C]`, which frames count `[B, n]`, and each row's status after them."""
+    def run(self, frames_per_call: int, on_progress: Progress | None) -> Iterator[Chunk]:
+        """Yields the batch's frames, each chunk as soon as the devices have been told to make it.
+
+        A caller can finish work on the chunk before, while this one is being made. The next chunk is
+        ordered when the caller comes back for it, and not before: nothing is made in vain.
+        """
         config = self.config
         lengths = np.array([len(prompt.frames) for prompt in self.prompts])
         limits = np.array([request.max_frames for request in self.requests])
@@ -201,9 +284,10 @@ class StaticBatch:
                 self.params, state, config=config, num_frames=size, window=window, ranks=ranks
             )
             made += size
-            status = np.asarray(state.status)[: len(running)]
-            yield np.asarray(codes)[: len(running)], np.asarray(valid)[: len(running)], status
-            running = status == Status.RUNNING
+            chunk = Chunk(codes, valid, state.status, len(running))
+            yield chunk
+            # Fetched before the state, and the status in it, is given away to the next call.
+            running = chunk.wait()[2] == Status.RUNNING
             if on_progress is not None:
                 on_progress(min(made, int(limits.max())), int(limits.max()))
 
@@ -211,8 +295,8 @@ class StaticBatch:
         """Returns every request's codes, all frames of a row joined."""
         pieces: list[list[np.ndarray]] = [[] for _ in self.requests]
         last = np.zeros(len(self.requests), np.int32)
-        for codes, valid, status in self.run(chunk_frames(), on_progress):
-            last = status
+        for chunk in self.run(chunk_frames(), on_progress):
+            codes, valid, last = chunk.wait()
             for row, kept in enumerate(pieces):
                 kept.append(codes[row, valid[row]])
         return [Speech.join(kept, int(end)) for kept, end in zip(pieces, last, strict=True)]

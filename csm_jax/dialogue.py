@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
 
 
@@ -14,7 +15,8 @@ def read_dialogue(path: Path) -> list[tuple[int, str]]:
         ValueError: Lines are not `{"speaker": int, "text": str}`; all of them are listed.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        # Some editors put a byte order mark first.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     turns: list[tuple[int, str]] = []
@@ -40,12 +42,16 @@ def _turn(line: str) -> tuple[int, str]:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise ValueError("not JSON (nested too deeply)") from error
+    except ValueError as error:  # Python's own limit, whose remedies are for programmers
+        raise ValueError("a number in it has too many digits") from error
     if not isinstance(turn, dict) or set(turn) != {"speaker", "text"}:
         found = f"the keys {sorted(turn)}" if isinstance(turn, dict) else type(turn).__name__
         raise ValueError(f'must be {{"speaker": …, "text": …}}, got {found}')
     speaker, text = turn["speaker"], turn["text"]
     if isinstance(speaker, bool) or not isinstance(speaker, int) or speaker < 0:
-        raise ValueError(f"speaker must be a whole number of 0 or more, got {speaker!r}")
+        raise ValueError(
+            f"speaker must be a whole number of 0 or more, got {reprlib.repr(speaker)}"
+        )
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"text must be a string that is not empty, got {text!r}")
+        raise ValueError(f"text must be a string that is not empty, got {reprlib.repr(text)}")
     return speaker, text

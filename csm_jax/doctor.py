@@ -5,11 +5,16 @@ It downloads nothing and loads no weights.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from csm_jax.hub import ModelFiles
 
 _CORE = (
     "jax",
@@ -23,11 +28,7 @@ _CORE = (
     "huggingface_hub",
     "soundfile",
 )
-_BRIDGE = (
-    ("torch", "pip install 'csm_jax[torch]'"),
-    # Without its dependencies: the ranges it publishes exclude current releases it runs with.
-    ("moshi", "pip install 'csm_jax[torch]' && pip install --no-deps moshi==0.2.13"),
-)
+_BRIDGE = ("torch", "moshi")
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,28 @@ class Finding:
         ok: Whether it is as it should be.
         detail: What was found.
         remedy: What to do when it is not ok.
+        optional: Whether everything works without it.
     """
 
     name: str
     ok: bool
     detail: str
     remedy: str = ""
+    optional: bool = False
+
+    @property
+    def missing(self) -> bool:
+        """Whether something does not work for want of it."""
+        return not self.ok and not self.optional
 
 
 def examine(source: str) -> list[Finding]:
     """Returns what was found out about this machine and the model `source`."""
-    return [*_versions(), _devices(), *_model(source)]
+    findings = [*_versions(), _devices()]
+    try:
+        return findings + _model(source)
+    except ImportError as error:  # of a package that the findings above miss
+        return [*findings, Finding("model", False, f"cannot be looked at: {error}")]
 
 
 def report(findings: list[Finding]) -> str:
@@ -57,10 +69,10 @@ def report(findings: list[Finding]) -> str:
     width = max(len(finding.name) for finding in findings)
     lines = []
     for finding in findings:
-        sign = "ok" if finding.ok else "--"
+        sign = "ok" if finding.ok else "--" if finding.missing else "  "
         lines.append(f"{sign}  {finding.name:<{width}}  {finding.detail}")
         lines += [f"    {'':<{width}}    {line}" for line in finding.remedy.splitlines()]
-    missing = sum(not finding.ok for finding in findings)
+    missing = sum(finding.missing for finding in findings)
     lines.append(f"{missing} missing" if missing else "everything is there")
     return "\n".join(lines)
 
@@ -86,13 +98,10 @@ def _versions() -> list[Finding]:
             if version
             else Finding(package, False, "not installed", f"pip install {package}")
         )
-    for package, remedy in _BRIDGE:
+    for package in _BRIDGE:
         version = _version(package)
-        findings.append(
-            Finding(package, True, f"{version} (torch bridge: codec and watermark)")
-            if version
-            else Finding(package, False, "not installed (codec and watermark)", remedy)
-        )
+        detail = f"{version or 'not installed'} (only for --codec torch)"
+        findings.append(Finding(package, version is not None, detail, optional=True))
     return findings
 
 
@@ -115,97 +124,106 @@ def _devices() -> Finding:
 
 
 def _model(source: str) -> list[Finding]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _directory(path)
-    if path.exists():
-        places: tuple[Path, ...] = (path.absolute().parent,)
-        first = Finding("checkpoint", True, str(path))
-        return [first, *_from_hub(source, places)[1:]]
-    return _from_hub(source, ())
-
-
-def _directory(path: Path) -> list[Finding]:
     from csm_jax import hub
-    from csm_jax.config import read_config
 
     try:
+        path = hub.local_path(source)
+        if path is None:
+            return _hub_model(source)
         files = hub.locate(path)
     except (OSError, ValueError) as error:
         first, *rest = str(error).splitlines()
         return [Finding("model", False, first, "\n".join(line.strip() for line in rest))]
-    findings = [Finding("checkpoint", True, str(files.checkpoint))]
-    if files.config is not None:
-        try:
-            config = read_config(files.config)
-        except ValueError as error:
-            findings.append(Finding("config", False, str(error)))
-        else:
-            sizes = f"{config.backbone.num_layers} + {config.decoder.num_layers} layers"
-            findings.append(Finding("config", True, f"{sizes}, {config.num_codebooks} codebooks"))
-    parts: tuple[tuple[str, Callable[[], Path]], ...] = (
-        ("tokenizer", files.tokenizer),
-        ("mimi", files.mimi),
-        ("watermark", files.watermark_dir),
-    )
-    told = False
-    for name, find in parts:
-        try:
-            findings.append(Finding(name, True, str(find())))
-        except OSError as error:
-            # The message lists every missing file with its command: once is enough.
-            remedy = "" if told else str(error)
-            findings.append(Finding(name, False, f"not in {path}", remedy))
-            told = True
-    return findings
+    return [Finding("checkpoint", True, str(files.checkpoint)), _config(files), *_parts(files)]
 
 
-def _from_hub(source: str, places: tuple[Path, ...]) -> list[Finding]:
-    from csm_jax import hub
+def _config(files: ModelFiles) -> Finding:
+    from csm_jax.config import read_config
 
-    marks = tuple(f"{hub.WATERMARK_FOLDER}/{name}" for name in hub.WATERMARK_FILES)
-    wanted: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-        # name, repositories to try, and files: of a checkpoint the first there, else all
-        ("checkpoint", (source,), hub.CHECKPOINTS),
-        ("config", (source if not places else hub.CSM_REPO,), (hub.CONFIG,)),
-        ("tokenizer", hub.TOKENIZER_REPOS, (hub.TOKENIZER,)),
-        ("mimi", (hub.MIMI_REPO,), (hub.MIMI,)),
-        ("watermark", (hub.WATERMARK_REPO,), marks),
+    if files.config is None:
+        return Finding("config", True, "none beside it; the checkpoint's own shapes tell")
+    try:
+        config = read_config(files.config)
+    except (OSError, ValueError) as error:
+        return Finding("config", False, str(error))
+    sizes = f"{config.backbone.num_layers} + {config.decoder.num_layers} layers"
+    return Finding("config", True, f"{sizes}, {config.num_codebooks} codebooks")
+
+
+def _parts(files: ModelFiles) -> list[Finding]:
+    """Looks for what goes with a checkpoint on this machine: beside it, then in the hub's cache."""
+    from csm_jax import hub, pipeline
+
+    beside = dataclasses.replace(files, local=True)  # then nothing is fetched
+    parts: tuple[tuple[str, Callable[[], Path], tuple[str, ...], tuple[str, ...]], ...] = (
+        ("tokenizer", beside.tokenizer, hub.TOKENIZER_REPOS, (hub.TOKENIZER,)),
+        ("mimi", lambda: pipeline.find_mimi(beside), (hub.MIMI_REPO,), (hub.MIMI,)),
+        ("watermark", beside.watermark_dir, (hub.WATERMARK_REPO,), _watermark_files()),
     )
     findings = []
-    for name, repos, files in wanted:
-        beside = [
-            place / file
-            for place in places
-            for file in files
-            if (place / (f"silentcipher/{file}" if name == "watermark" else file)).is_file()
-        ]
-        needed = 1 if name == "checkpoint" else len(files)
-        cached = next((repo for repo in repos if _cached(repo, files) >= needed), None)
-        if len(beside) >= needed:
-            findings.append(Finding(name, True, str(beside[0].parent)))
-        elif cached is not None:
-            findings.append(Finding(name, True, f"{cached}, in the hub's cache"))
-        else:
-            get = files[:1] if name == "checkpoint" else files
-            gated = " (gated: accept its conditions on its page, then `hf auth login`)"
-            remedy = f"hf download {repos[-1]} {' '.join(get)}"
-            findings.append(
-                Finding(
-                    name,
-                    False,
-                    f"{repos[-1]} is not in the hub's cache; it is fetched when first used",
-                    remedy + (gated if repos[-1] == hub.CSM_REPO else ""),
-                )
-            )
+    told = False
+    for name, find, repos, wanted in parts:
+        try:
+            findings.append(Finding(name, True, str(find())))
+        except (OSError, ValueError) as error:
+            if files.local:
+                # The message lists every missing file with its command: once is enough.
+                remedy = "" if told else str(error)
+                findings.append(Finding(name, False, f"not in {files.places[0]}", remedy))
+                told = True
+            else:
+                findings.append(_in_cache(name, repos, wanted))
     return findings
 
 
-def _cached(repo: str, files: tuple[str, ...]) -> int:
+def _hub_model(repo: str) -> list[Finding]:
+    from csm_jax import hub
+    from csm_jax.weights.mimi import holds_mimi
+
+    checkpoint = next(filter(None, (_cached(repo, file) for file in hub.CHECKPOINTS)), None)
+    if checkpoint is not None and holds_mimi(checkpoint):
+        mimi = Finding("mimi", True, f"within the checkpoint of {repo}")
+    else:
+        mimi = _in_cache("mimi", (hub.MIMI_REPO,), (hub.MIMI,))
+    return [
+        _in_cache("checkpoint", (repo,), hub.CHECKPOINTS[:1])
+        if checkpoint is None
+        else Finding("checkpoint", True, f"{repo}, in the hub's cache"),
+        _in_cache("config", (repo,), (hub.CONFIG,)),
+        _in_cache("tokenizer", hub.TOKENIZER_REPOS, (hub.TOKENIZER,)),
+        mimi,
+        _in_cache("watermark", (hub.WATERMARK_REPO,), _watermark_files()),
+    ]
+
+
+def _watermark_files() -> tuple[str, ...]:
+    from csm_jax import hub
+
+    return tuple(f"{hub.WATERMARK_FOLDER}/{name}" for name in hub.WATERMARK_FILES)
+
+
+def _in_cache(name: str, repos: tuple[str, ...], files: tuple[str, ...]) -> Finding:
+    """Returns whether the hub's cache has all `files` of one of the `repos`."""
+    from csm_jax import hub
+
+    for repo in repos:
+        if all(_cached(repo, file) for file in files):
+            return Finding(name, True, f"{repo}, in the hub's cache")
+    gated = " (gated: accept its conditions on its page, then `hf auth login`)"
+    return Finding(
+        name,
+        False,
+        f"{repos[-1]} is not in the hub's cache; it is fetched when first used",
+        f"hf download {repos[-1]} {' '.join(files)}" + (gated if repos[-1] == hub.CSM_REPO else ""),
+    )
+
+
+def _cached(repo: str, file: str) -> str | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return sum(isinstance(try_to_load_from_cache(repo, file), str) for file in files)
+        path = try_to_load_from_cache(repo, file)
     except HFValidationError:
-        return 0
+        return None
+    return path if isinstance(path, str) else None

@@ -8,6 +8,7 @@ repositories, named below. The environment variables of `huggingface_hub` apply:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -41,9 +42,13 @@ CHECKPOINTS = (
     "latest.safetensors",
 )
 """Names of a checkpoint, in order of preference; after these, the orbax directory `params`."""
+CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".pt", ".pth", ".bin")
+"""Endings of a checkpoint's file, `.json` for an index; what `csm_jax.weights` opens."""
 ORBAX = "params"
 _ORBAX_MARKS = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
 
+_CODEC_PREFIX = "codec_model."  # of the codec's tensors inside a checkpoint of transformers
+_MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -91,6 +96,10 @@ class ModelFiles:
         """
         return self._find(MIMI, lambda: _fetch(MIMI_REPO, MIMI))
 
+    def mimi_beside(self) -> Path | None:
+        """Returns the path of Mimi's weights if they are in one of the model's places."""
+        return next((place / MIMI for place in self.places if (place / MIMI).is_file()), None)
+
     def watermark_dir(self) -> Path:
         """Returns the directory of silentcipher's files.
 
@@ -110,8 +119,33 @@ class ModelFiles:
             if (place / name).is_file():
                 return place / name
         if self.local:
-            raise FileNotFoundError(_list_missing(self.places[0]))
+            raise FileNotFoundError(_list_missing(self.places[0], asked=name))
         return fetch()
+
+
+def local_path(source: str | os.PathLike[str]) -> Path | None:
+    """Returns the path of a model on this machine: a directory, a checkpoint file or an orbax directory;
+    None if `source` reads like a hub id and is no path. Asks no network.
+
+    Raises:
+        FileNotFoundError: It is neither.
+        ValueError: It is a file, but no checkpoint.
+    """
+    text = os.fspath(source)
+    path = Path(text).expanduser()
+    if text and path.exists():
+        if not path.is_dir() and path.suffix not in CHECKPOINT_SUFFIXES:
+            raise ValueError(
+                f"{path} is no model: unknown kind of file; known endings are "
+                f"{', '.join(CHECKPOINT_SUFFIXES)}"
+            )
+        return path
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(text):
+        raise FileNotFoundError(
+            f"no model at {text!r}: give a model directory, a checkpoint file, or a hub id such as "
+            f"{CSM_REPO!r}"
+        )
+    return None
 
 
 def locate(source: str | os.PathLike[str] = CSM_REPO) -> ModelFiles:
@@ -125,36 +159,46 @@ def locate(source: str | os.PathLike[str] = CSM_REPO) -> ModelFiles:
     Raises:
         FileNotFoundError: A local path does not exist, or a model directory lacks its checkpoint or
             config; all missing files are listed, with the command that gets each.
-        ValueError: An index file names files outside its own directory.
+        ValueError: A file is no checkpoint, or an index names files outside its own directory.
         HubError: A file cannot be fetched: gated, offline, not there, or the connection failed.
     """
-    text = os.fspath(source)
-    path = Path(text).expanduser()
+    path = local_path(source)
+    if path is None:
+        checkpoint, config = _fetch_checkpoint(os.fspath(source))
+        return ModelFiles(
+            checkpoint=checkpoint, config=config, prompts_dir=None, places=(), local=False
+        )
     if path.is_dir() and not _is_orbax(path):
         return _locate_directory(path)
-    if path.exists():
-        return _locate_beside(path)
-    if not isinstance(source, str) or not _HUB_ID.fullmatch(text):
-        raise FileNotFoundError(
-            f"no model at {text!r}: give a model directory, a checkpoint file, or a hub id such as "
-            f"{CSM_REPO!r}"
-        )
-    checkpoint, config = _fetch_checkpoint(text)
-    return ModelFiles(
-        checkpoint=checkpoint, config=config, prompts_dir=None, places=(), local=False
-    )
+    return _locate_beside(path)
+
+
+def locate_config(source: str | os.PathLike[str] = CSM_REPO) -> Path | None:
+    """Returns the path of `config.json` alone, which is small: to check a request before a download.
+
+    None where a lone checkpoint has none beside it.
+
+    Raises:
+        FileNotFoundError, ValueError, HubError: As `locate`.
+    """
+    if local_path(source) is None:
+        return _fetch(os.fspath(source), CONFIG)
+    return locate(source).config
 
 
 def locate_watermark(source: str | os.PathLike[str] = CSM_REPO) -> Path:
     """Returns the directory of the watermark's files alone, for checking audio without a model.
 
     Raises:
-        FileNotFoundError: `source` is a directory without them.
+        FileNotFoundError: `source` is a directory without them, or neither a path nor a hub id.
+        ValueError: `source` is a file, but no checkpoint.
         HubError: They cannot be fetched.
     """
-    path = Path(source).expanduser()
-    if not path.is_dir():
+    path = local_path(source)
+    if path is None:
         return _fetch_watermark()
+    if not path.is_dir() or _is_orbax(path):
+        return _locate_beside(path).watermark_dir()
     if _missing_watermark(path):
         raise FileNotFoundError(_list_missing(path))
     return _watermark_dir(path)
@@ -198,7 +242,22 @@ def _find_checkpoint(directory: Path) -> Path | None:
     return directory / ORBAX if _is_orbax(directory / ORBAX) else None
 
 
-def _list_missing(directory: Path) -> str:
+def _brings_codec(checkpoint: Path | None) -> bool:
+    # Reads names only. A damaged file brings nothing here and is reported when it is loaded.
+    names: object = ()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        if checkpoint is None or checkpoint.is_dir():
+            return False
+        if checkpoint.suffix == ".json":
+            names = json.loads(checkpoint.read_text(encoding="utf-8"))["weight_map"]
+        elif checkpoint.suffix == ".safetensors":
+            with checkpoint.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                names = json.loads(file.read(size)) if size <= _MAX_HEADER_BYTES else ()
+    return isinstance(names, dict) and any(name.startswith(_CODEC_PREFIX) for name in names)
+
+
+def _list_missing(directory: Path, asked: str = "") -> str:
     # Everything at once, so that nobody learns of the next missing file only after fetching one.
     lines, commands = [], []
 
@@ -217,7 +276,8 @@ def _list_missing(directory: Path) -> str:
     if checkpoint is None or checkpoint.name != ORBAX:
         need(CONFIG, "model sizes", CSM_REPO)
     need(TOKENIZER, "text tokenizer", TOKENIZER_REPOS[1])
-    need(MIMI, "Mimi codec, for audio", MIMI_REPO)
+    if asked == MIMI or not _brings_codec(checkpoint):
+        need(MIMI, "Mimi codec, for audio", MIMI_REPO)
     folder = _watermark_dir(directory).relative_to(directory)
     for name in _missing_watermark(directory):
         lines.append(f"{folder}/{name} (watermark; not needed when it is turned off)")
@@ -251,6 +311,8 @@ def _locate_directory(directory: Path) -> ModelFiles:
 
 
 def _locate_beside(checkpoint: Path) -> ModelFiles:
+    if checkpoint.name.endswith(".json"):
+        _shards(checkpoint)  # another JSON file, such as config.json, is found out before any work
     parent = checkpoint.absolute().parent
     # An orbax directory may hold the other files itself.
     places = (checkpoint, parent) if checkpoint.is_dir() else (parent,)

@@ -15,6 +15,7 @@ become those tokens. Brackets are text: `[3]` inside a text is read as written a
 from __future__ import annotations
 
 import hashlib
+import logging
 import operator
 import os
 import threading
@@ -29,10 +30,12 @@ import numpy as np
 
 from csm_jax.audio import check_audio, check_rate, resample
 from csm_jax.codec import check_codes
-from csm_jax.config import SAMPLE_RATE, SAMPLES_PER_FRAME, CSMConfig
+from csm_jax.config import FRAME_MS, SAMPLE_RATE, SAMPLES_PER_FRAME, CSMConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 """The Llama-3 tokens around a text; their ids are looked up in the tokenizer."""
@@ -207,18 +210,24 @@ def check_text(text: Any, name: str) -> str:
 
     Raises:
         TypeError: It is not a string.
-        ValueError: It is empty or blank, or holds a control character other than tab and line
-            breaks, or half of a surrogate pair.
+        ValueError: It is empty or blank, holds a control character other than tab and line breaks,
+            or was made of bytes that are not UTF-8.
     """
     if not isinstance(text, str):
         raise TypeError(f"{name} must be a string, got {type(text).__name__}")
     if not text.strip():
         raise ValueError(f"{name} is empty")
     for index, character in enumerate(text):
-        if unicodedata.category(character) in ("Cc", "Cs") and character not in _LINE_CHARACTERS:
+        category, code = unicodedata.category(character), ord(character)
+        if category == "Cs":  # how Python writes bytes that it cannot read, or half a character
+            byte = f": the byte 0x{code - 0xDC00:02X}" if 0xDC80 <= code <= 0xDCFF else ""
             raise ValueError(
-                f"{name} holds the control character U+{ord(character):04X} at position {index}; "
-                "remove it"
+                f"{name} is not valid UTF-8{byte or f': the surrogate U+{code:04X}'} at position "
+                f"{index}; write it in UTF-8"
+            )
+        if category == "Cc" and character not in _LINE_CHARACTERS:
+            raise ValueError(
+                f"{name} holds the control character U+{code:04X} at position {index}; remove it"
             )
     return text
 
@@ -316,7 +325,14 @@ def encode_segment(
 
 
 def _segment_audio(segment: Segment, name: str, config: CSMConfig) -> np.ndarray:
-    # Checked against the length that can never fit before anything is resampled or encoded.
+    samples, rate, _ = _check_segment_audio(segment, name, config)
+    return resample(samples, rate, SAMPLE_RATE)
+
+
+def _check_segment_audio(
+    segment: Segment, name: str, config: CSMConfig
+) -> tuple[np.ndarray, int, int]:
+    # Samples, their rate, and how many positions they will take: known before they are resampled.
     rate = check_rate(segment.sample_rate, f"{name}.sample_rate")
     samples = check_audio(segment.audio, f"{name}.audio")
     seconds = samples.size / rate
@@ -327,7 +343,25 @@ def _segment_audio(segment: Segment, name: str, config: CSMConfig) -> np.ndarray
             f"holds max_seq_len={config.backbone.max_seq_len:,} for prompt and answer together; "
             "cut it"
         )
-    return resample(samples, rate, SAMPLE_RATE)
+    return samples, rate, positions
+
+
+def check_max_frames(max_frames: int, *, config: CSMConfig) -> None:
+    """Checks that a model can make so many frames at all, after some prompt.
+
+    Raises:
+        TypeError: It is not an integer.
+        ValueError: It cannot; the message is in the user's words, milliseconds.
+    """
+    if isinstance(max_frames, bool) or not hasattr(max_frames, "__index__"):
+        raise TypeError(f"max_frames must be an integer, got {max_frames!r}")
+    max_seq_len = config.backbone.max_seq_len
+    if not 1 <= max_frames < max_seq_len:
+        raise ValueError(
+            f"max_audio_length_ms must be between {FRAME_MS} and {(max_seq_len - 1) * FRAME_MS:,}, "
+            f"less {FRAME_MS} for each position that text and context take ({max_seq_len=:,}), "
+            f"got {max_frames * FRAME_MS:,}"
+        )
 
 
 def build_prompt(
@@ -344,7 +378,8 @@ def build_prompt(
     """Returns the prompt for `text` spoken by `speaker` after `context`.
 
     The prompt must leave room for the answer: fewer than `max_seq_len - max_frames` positions, the
-    reference's rule. Lengths are settled before any audio is encoded.
+    reference's rule. Lengths are settled before any audio is resampled or encoded. Segments that are
+    left out are logged at level INFO.
 
     Args:
         tokenizer: The text tokenizer.
@@ -360,14 +395,8 @@ def build_prompt(
         TypeError: A value has the wrong type.
         ValueError: A value is bad, or the prompt is too long.
     """
-    if isinstance(max_frames, bool) or not hasattr(max_frames, "__index__"):
-        raise TypeError(f"max_frames must be an integer, got {max_frames!r}")
+    check_max_frames(max_frames, config=config)
     max_seq_len = config.backbone.max_seq_len
-    if not 1 <= max_frames < max_seq_len:
-        raise ValueError(
-            f"max_frames must be between 1 and {max_seq_len - 1:,} "
-            f"(max_seq_len={max_seq_len:,}), got {max_frames:,}"
-        )
     turn = encode_text(tokenizer, text, speaker, config=config)
     texts, audios, lengths = [], [], []
     for index, segment in enumerate(context):
@@ -379,8 +408,9 @@ def build_prompt(
                 tokenizer, segment.text, segment.speaker, config=config, name=f"{name}.text"
             )
         )
-        audios.append(_segment_audio(segment, name, config))
-        lengths.append(len(texts[-1][0]) + -(-audios[-1].size // SAMPLES_PER_FRAME) + 1)
+        samples, rate, length = _check_segment_audio(segment, name, config)
+        audios.append((samples, rate))
+        lengths.append(len(texts[-1][0]) + length)
 
     limit, dropped = max_seq_len - max_frames, 0
     positions = sum(lengths) + len(turn[0])
@@ -389,9 +419,12 @@ def build_prompt(
         dropped += 1
     if positions >= limit:
         raise ValueError(_too_long(positions, len(turn[0]), max_frames, max_seq_len))
+    if dropped:
+        logger.info("left out the oldest %d of %d context turns to fit", dropped, len(lengths))
 
     parts = []
-    for text_part, audio in zip(texts[dropped:], audios[dropped:], strict=True):
+    for text_part, (samples, rate) in zip(texts[dropped:], audios[dropped:], strict=True):
+        audio = resample(samples, rate, SAMPLE_RATE)
         parts += [text_part, encode_audio(codec, audio, config=config)]
     parts.append(turn)
     frames = np.concatenate([frames for frames, _ in parts])
@@ -404,13 +437,19 @@ def build_prompt(
 
 
 def _too_long(positions: int, own: int, max_frames: int, max_seq_len: int) -> str:
-    message = f"Prompt has {positions:,} positions and {max_frames=:,}, but {max_seq_len=:,}"
+    # In the caller's words: a position is a text token or 80 ms of audio, asked for or in the context.
+    message = (
+        f"the text ({own:,} positions) and the context ({positions - own:,}) do not fit beside "
+        f"max_audio_length_ms={max_frames * FRAME_MS:,} ({max_frames:,}): the model holds "
+        f"{max_seq_len=:,} positions"
+    )
     excess = positions - (max_seq_len - max_frames) + 1
     remedies = []
     if positions - own >= excess:
         remedies.append(f"drop {excess:,} positions of context (truncate_context drops the oldest)")
     elif own < max_seq_len - 1:
-        remedies.append(f"shorten the text ({own:,} positions of its own)")
+        remedies.append("shorten the text")
     if positions < max_seq_len - 1:
-        remedies.append(f"lower max_frames to at most {max_seq_len - 1 - positions:,}")
+        most = (max_seq_len - 1 - positions) * FRAME_MS
+        remedies.append(f"lower max_audio_length_ms to at most {most:,}")
     return f"{message}; {' or '.join(remedies) or 'say it in several turns'}"

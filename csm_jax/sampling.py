@@ -13,7 +13,6 @@ Filters apply in transformers' order: temperature, top-k, top-p, min-p. Codes Mi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -46,8 +45,16 @@ def sampling_params(
     top_k: Sequence[int],
     top_p: Sequence[float],
     min_p: Sequence[float],
+    prefix: str = "",
 ) -> SamplingParams:
     """Returns checked per-row settings, each argument with one value per row.
+
+    Args:
+        temperature: See `SamplingParams`, as for the next three.
+        top_k: Codes kept.
+        top_p: Mass kept.
+        min_p: Least likelihood.
+        prefix: What errors put before these names, such as `decoder_`.
 
     Raises:
         ValueError: A value is out of range or not finite, or the lengths differ.
@@ -59,19 +66,23 @@ def sampling_params(
             f"{len(min_p)} min_p: one of each per row is needed"
         )
     for value in temperature:
-        if not (value == 0 or (math.isfinite(value) and value >= _LEAST_TEMPERATURE)):
+        if not (value == 0 or _LEAST_TEMPERATURE <= value <= _MOST_TEMPERATURE):
             raise ValueError(
-                f"temperature must be 0 (greedy) or at least {_LEAST_TEMPERATURE}, got {value}"
+                f"{prefix}temperature must be 0 (greedy) or a finite number from "
+                f"{_LEAST_TEMPERATURE:g} to {_MOST_TEMPERATURE:,}, got {value}"
             )
     for value in top_k:
-        if isinstance(value, bool) or int(value) != value or not 0 <= value < 2**31:
-            raise ValueError(f"top_k must be 0 (all codes) or a positive integer, got {value}")
+        if isinstance(value, bool) or not 0 <= value <= _MOST_RANKS or int(value) != value:
+            raise ValueError(
+                f"{prefix}top_k must be 0 (all codes) or a whole number up to {_MOST_RANKS:,}, "
+                f"got {value}"
+            )
     for value in top_p:
         if not 0 < value <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {value}")
+            raise ValueError(f"{prefix}top_p must be in (0, 1], got {value}")
     for value in min_p:
         if not 0 <= value <= 1:
-            raise ValueError(f"min_p must be in [0, 1], got {value}")
+            raise ValueError(f"{prefix}min_p must be in [0, 1], got {value}")
     return SamplingParams(
         temperature=jnp.asarray(np.asarray(temperature, np.float32)),
         top_k=jnp.asarray(np.asarray(top_k, np.int32)),
@@ -80,7 +91,9 @@ def sampling_params(
     )
 
 
-_LEAST_TEMPERATURE = 1e-3  # below, scores divided by it leave float32's range
+# Below, scores divided by it leave float32's range; above, they differ by less than its precision.
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-3, 1_000_000
+_MOST_RANKS = 2**31 - 1  # int32
 
 
 def request_keys(seeds: Sequence[int]) -> UInt[Array, "B 2"]:
@@ -93,7 +106,7 @@ def request_keys(seeds: Sequence[int]) -> UInt[Array, "B 2"]:
     """
     rows = np.zeros((len(seeds), 2), np.uint32)
     for row, seed in zip(rows, seeds, strict=True):
-        if isinstance(seed, bool) or int(seed) != seed or not 0 <= seed < 2**64:
+        if isinstance(seed, bool) or not 0 <= seed < 2**64 or int(seed) != seed:
             raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
         row[:] = int(seed) >> 32, int(seed) & 0xFFFFFFFF
     return jnp.asarray(rows)

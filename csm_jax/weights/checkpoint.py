@@ -22,6 +22,8 @@ MIN_BUFFER_BYTES = 1 << 28
 """Least that orbax may hold in write buffers; without a limit it holds the whole model again."""
 
 METADATA_NAME = "_METADATA"
+COMMIT_NAME = "commit_success.txt"
+"""What orbax (0.12.8 and later) writes last, into every directory of arrays."""
 
 
 def is_orbax(path: Path) -> bool:
@@ -83,10 +85,17 @@ class OrbaxSource(TensorSource):
         path: The directory that holds `_METADATA`.
 
     Raises:
-        WeightsError: The metadata is damaged or does not describe nested dicts of arrays.
+        WeightsError: Saving was not finished, or the metadata is damaged or does not describe nested
+            dicts of arrays.
     """
 
     def __init__(self, path: Path):
+        if not (path / COMMIT_NAME).is_file():
+            raise WeightsError(
+                str(path),
+                f"unfinished orbax checkpoint: there is no {COMMIT_NAME}, which is written last; "
+                "save it, or copy it, again",
+            )
         import orbax.checkpoint as ocp  # slow to import and not needed for the other layouts
 
         self.where = str(path)

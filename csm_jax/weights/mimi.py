@@ -280,7 +280,9 @@ def _write_file(
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: in moshi's layout a Mimi is a file that ends in .safetensors")
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} is already there: choose another destination or overwrite")
+        raise FileExistsError(
+            f"{path} is already there: choose another destination or pass overwrite=True"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:

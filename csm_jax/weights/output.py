@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -63,8 +64,8 @@ def _check_destination(destination: Path, names: Sequence[str], *, overwrite: bo
     there = [name for name in names if (destination / name).exists()]
     if there and not overwrite:
         raise FileExistsError(
-            f"{destination} already holds {', '.join(there)}: choose another destination "
-            "or overwrite"
+            f"{destination} already holds {', '.join(there)}: choose another destination, or "
+            "replace them with --overwrite (in Python: overwrite=True)"
         )
     others = [
         name
@@ -105,11 +106,19 @@ def _sync_directory(path: Path) -> None:
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Holds Ctrl-C back for the few renames, so that they happen together."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's: nothing to hold back
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    # Not by blocking: the kernel then gives the signal to another thread, and Python handles it.
+    late: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: late.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in late:
+            signal.raise_signal(number)

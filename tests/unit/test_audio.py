@@ -1,3 +1,4 @@
+import io
 import math
 import os
 import struct
@@ -209,8 +210,11 @@ def test_write_of_no_samples_is_a_valid_file(tmp_path):
 def test_read_stereo_says_how_to_mix(tmp_path):
     x = np.stack([np.full(100, 0.5), np.full(100, -0.25)], axis=1)
     soundfile.write(tmp_path / "a.wav", x, 24000)
-    with pytest.raises(ValueError, match=r'2 channels.*mono="mean"'):
+    with pytest.raises(ValueError, match=r"2 channels.*ffmpeg -i a\.wav -ac 1 mono\.wav") as info:
         read_audio(tmp_path / "a.wav")
+    # Shown in a traceback, where the call can be changed, and not on the command line.
+    assert info.value.__notes__ == ['or average the channels: read_audio(path, mono="mean")']
+    assert "read_audio" not in str(info.value)
     y, _ = read_audio(tmp_path / "a.wav", mono="mean")
     np.testing.assert_allclose(y, 0.125, atol=1e-4)
 
@@ -271,6 +275,40 @@ def test_read_of_a_damaged_header_is_an_error(tmp_path):
         read_audio(tmp_path / "a.wav")
 
 
+@pytest.mark.parametrize(
+    ("kind", "promised", "there"),
+    [("WAV", "48,000", "23,978"), ("AIFF", "48,008", "23,981"), ("AU", "48,000", "23,988")],
+)
+def test_read_refuses_what_is_cut_short(tmp_path, kind, promised, there):
+    whole = io.BytesIO()
+    soundfile.write(whole, noise(24000) / 5, 24000, format=kind)
+    path = tmp_path / "a.wav"
+    path.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    with pytest.raises(ValueError, match=rf"cut short: .*{promised} bytes.* {there} are there"):
+        read_audio(path)
+    path.write_bytes(whole.getvalue())
+    assert len(read_audio(path)[0]) == 24000
+
+
+def test_read_refuses_flac_that_is_cut_short(tmp_path):
+    path = tmp_path / "a.flac"
+    write_audio(path, noise(240_000) / 5, 24000)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"cannot be read as audio: \S"):
+        read_audio(path)
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
+def test_read_takes_a_wav_written_into_a_pipe(tmp_path, size):
+    # Its writer could not go back to the header: ffmpeg, sox and others leave such sizes there.
+    path = tmp_path / "a.wav"
+    write_audio(path, noise(1000) / 5, 24000)
+    data = bytearray(path.read_bytes())
+    data[4:8] = data[40:44] = struct.pack("<I", size)
+    path.write_bytes(data)
+    assert len(read_audio(path)[0]) == 1000
+
+
 def test_check_writable_leaves_no_trace(tmp_path):
     (tmp_path / "old.wav").write_bytes(b"old")
     check_writable(tmp_path / "old.wav")
@@ -298,20 +336,43 @@ def test_check_writable_tries_the_directory(tmp_path, monkeypatch):
         check_writable(tmp_path / "a.wav")
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, failure):
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (KeyboardInterrupt(), None),
+        (
+            OSError(28, "No space left on device"),
+            r"cannot write .*/a\.wav: No space left on device",
+        ),
+        (OSError("odd"), r"cannot write .*/a\.wav: odd"),
+    ],
+)
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, failure, said):
     path = tmp_path / "a.wav"
     path.write_bytes(b"old")
 
-    def fail(file, *args, **kwargs):
-        file.write(b"half")
+    def fail(descriptor):
+        assert len(os.listdir(tmp_path)) == 2  # with all of it in the temporary file
         raise failure
 
-    monkeypatch.setattr(soundfile, "write", fail)
-    with pytest.raises(failure):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(type(failure), match=said):
         write_audio(path, noise(100) / 5, 24000)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.wav"]
+
+
+def test_the_encoder_never_meets_the_disk(tmp_path, monkeypatch):
+    # It would call back into Python, which prints the exception of a full disk and goes on.
+    targets = []
+    original = soundfile.write
+    monkeypatch.setattr(
+        soundfile, "write", lambda file, *a, **k: (targets.append(file), original(file, *a, **k))
+    )
+    write_audio(tmp_path / "a.flac", noise(100) / 5, 24000)
+    assert isinstance(targets[0], io.BytesIO)
+    with pytest.raises(OSError, match=r"cannot write .*b\.flac: .*"):
+        write_audio(tmp_path / "b.flac", noise(100) / 5, 700_000)  # more than FLAC can say
 
 
 def test_write_refuses_bad_audio_before_touching_the_file(tmp_path):

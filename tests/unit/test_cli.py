@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
-from csm_jax import cli, doctor, pipeline
+from csm_jax import audio, cli, hub, pipeline
 from csm_jax.audio import read_audio, write_audio
 from csm_jax.interrupt import Interrupt
 
@@ -32,6 +34,7 @@ class FakeGenerator:
         self.calls: list[dict[str, Any]] = []
         self.loaded: tuple[Any, dict[str, Any]] | None = None
         self.error: BaseException | None = None
+        self.log: str | None = None
         self.finished = 0
 
     def load(self, source: Any, **options: Any) -> FakeGenerator:
@@ -50,6 +53,8 @@ class FakeGenerator:
     ) -> np.ndarray:
         if self.error is not None:
             raise self.error
+        if self.log is not None:
+            logging.getLogger("csm_jax.prompt").info(self.log)
         self.calls.append(
             {
                 "text": text,
@@ -63,13 +68,14 @@ class FakeGenerator:
         )
         rest["on_progress"](len(text), 1125)
         self.finished += 1
-        return np.full(1920 * len(text) if text != "silence" else 0, 0.25, np.float32)
+        return np.full(1920 * len(text) if "silence" not in text else 0, 0.25, np.float32)
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGenerator:
     generator = FakeGenerator()
     monkeypatch.setattr(pipeline, "load_csm_1b", generator.load)
+    monkeypatch.setattr(hub, "locate_config", lambda source: None)
     monkeypatch.chdir(tmp_path)
     return generator
 
@@ -86,14 +92,15 @@ def test_every_option_arrives(fake: FakeGenerator, capsys: pytest.CaptureFixture
     words += ["--decoder-topk", "4", "--max-audio-length-ms", "800", "--truncate-context"]
     words += ["--context", "a.wav", "first", "0", "--context", "b.flac", "second", "1"]
     words += ["--model", "dir", "--dtype", "bfloat16", "--layout", "csm-mlx"]
-    words += ["--watermark-key", "1,2,3,4,5", "-o", "x.flac"]
+    words += ["--watermark-key", "1,2,3,4,5", "--codec", "torch", "-o", "x.flac"]
     assert cli.main(words) == 0
     assert fake.loaded == (
         "dir",
         {
             "dtype": "bfloat16",
             "layout": "csm-mlx",
-            "watermark": True,
+            "codec": "torch",
+            "watermark": "torch",
             "watermark_key": (1, 2, 3, 4, 5),
         },
     )
@@ -113,8 +120,8 @@ def test_every_option_arrives(fake: FakeGenerator, capsys: pytest.CaptureFixture
         "seed": 7,
         "truncate_context": True,
     }
-    audio, rate = read_audio("x.flac")
-    assert (len(audio), rate) == (3 * 1920, 24_000)
+    samples, rate = read_audio("x.flac")
+    assert (len(samples), rate) == (3 * 1920, 24_000)
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert "0.24 s of audio, watermarked" in out
@@ -128,7 +135,8 @@ def test_defaults_are_sesames(fake: FakeGenerator) -> None:
         {
             "dtype": None,
             "layout": None,
-            "watermark": True,
+            "codec": "jax",
+            "watermark": "jax",
             "watermark_key": (212, 211, 146, 56, 201),
         },
     )
@@ -157,7 +165,9 @@ def test_text_from_a_pipe(
     assert fake.calls[0]["text"] == "Grüße, 你好"
 
 
-def test_dialogue_feeds_each_turn_to_the_next(fake: FakeGenerator) -> None:
+def test_dialogue_feeds_each_turn_to_the_next(
+    fake: FakeGenerator, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_audio("a.wav", np.zeros(24_000, np.float32), 24_000)
     lines = [
         {"speaker": 0, "text": "ab"},
@@ -174,14 +184,66 @@ def test_dialogue_feeds_each_turn_to_the_next(fake: FakeGenerator) -> None:
         [before, (0, "ab", 3840, 24_000)],  # a turn without audio is no context
     ]
     assert [call["seed"] for call in fake.calls] == [5, 6, 7]
+    assert sorted(os.listdir("turns")) == ["turn-01.wav", "turn-03.wav"]
     assert [len(read_audio(f"turns/turn-0{i}.wav")[0]) for i in (1, 3)] == [3840, 1920]
+    said = capsys.readouterr().err
+    assert "turn 2/3: the model ended at once" in said
+    assert "turns/turn-02.wav is not written" in said
     assert len(read_audio("all.wav")[0]) == 3840 + 1920
+
+
+@pytest.mark.parametrize("words", [["silence"], ["--dialogue", "talk.jsonl", "--turns-dir", "t"]])
+def test_nothing_said_is_nothing_written(
+    fake: FakeGenerator, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    Path("out.wav").write_bytes(b"old")
+    Path("talk.jsonl").write_text('{"speaker": 0, "text": "silence"}\n' * 2)
+    assert cli.main(["generate", *words]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1].startswith("csm-jax: no audio: the model ended at once")
+    assert "another --seed may speak" in captured.err
+    assert Path("out.wav").read_bytes() == b"old"
+    assert not list(Path().glob("t/*"))
+
+
+def test_dropped_context_is_told(fake: FakeGenerator, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.log = "left out the oldest 2 of 3 context turns to fit"
+    level = logging.getLogger("csm_jax.prompt").level
+    assert cli.main(["generate", "abc", "--truncate-context"]) == 0
+    assert "left out the oldest 2 of 3 context turns to fit\n" in capsys.readouterr().err
+    assert logging.getLogger("csm_jax.prompt").level == level
+    assert logging.getLogger("csm_jax.prompt").handlers == []
+
+
+def test_a_length_that_the_model_cannot_hold_is_found_by_its_config(
+    fake: FakeGenerator,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    demo_model: Path,
+) -> None:
+    monkeypatch.setattr(hub, "locate_config", lambda source: demo_model / "config.json")
+    assert cli.main(["generate", "hi", "--max-audio-length-ms", "163840"]) == 2
+    said = capsys.readouterr().err
+    assert "max_audio_length_ms must be between 80 and 163,760" in said
+    assert "got 163,840" in said
+    assert fake.loaded is None
+    assert cli.main(["generate", "hi", "--max-audio-length-ms", "163760"]) == 0
+
+
+def test_a_dialogue_may_start_with_a_byte_order_mark(fake: FakeGenerator) -> None:
+    Path("talk.jsonl").write_bytes(b'\xef\xbb\xbf{"speaker": 2, "text": "ab"}\r\n')
+    assert cli.main(["generate", "--dialogue", "talk.jsonl"]) == 0
+    assert [(call["speaker"], call["text"]) for call in fake.calls] == [(2, "ab")]
 
 
 def bad_lines() -> str:
     return (
         '{"speaker": 0, "text": "fine"}\n{"speaker": -1, "text": "x"}\n{"text": "y"}\nnot json\n[1]'
     )
+
+
+TALK = ["--dialogue", "talk.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -198,13 +260,25 @@ def bad_lines() -> str:
         (["generate", "--dialogue", "none.jsonl"], "none.jsonl"),
         (["generate", "--dialogue", "empty.jsonl"], "no turns"),
         (["generate", "--dialogue", "latin.jsonl"], "UTF-8"),
+        (["generate", "--dialogue", "digits.jsonl"], "line 1: a number in it has too many digits"),
+        (["generate", "--dialogue", "minus.jsonl"], "0 or more, got -99999999"),
         (["generate", "hi", "--turns-dir", "t"], "--dialogue"),
+        (["generate", *TALK, "--turns-dir", "a.wav"], "--turns-dir a.wav is not a directory"),
+        (["generate", *TALK, "--turns-dir", "./t", "-o", "t/turn-01.wav"], "file of a turn"),
+        (["generate", "a\udcffb"], "not valid UTF-8: the byte 0xFF at position 1"),
+        (["generate", "hi", "--context", "two.wav", "t", "0"], "ffmpeg -i two.wav -ac 1 mono.wav)"),
         (["generate", "hi", "--temperature", "-1"], "temperature"),
-        (["generate", "hi", "--decoder-temperature", "nan"], "temperature"),
+        (["generate", "hi", "--temperature", "1e40"], "finite number from 0.001 to 1,000,000"),
+        (["generate", "hi", "--decoder-temperature", "nan"], "error: decoder_temperature must"),
+        (["generate", "hi", "--decoder-topk", "-1"], "error: decoder_top_k must"),
         (["generate", "hi", "--topk", "-5"], "top_k"),
+        (["generate", "hi", "--topk", "999999999999"], "whole number up to 2,147,483,647"),
+        (["generate", "hi", "--seed", "9" * 5001], "0 or more, got '99999"),
         (["generate", "hi", "--top-p", "0"], "top_p"),
         (["generate", "hi", "--min-p", "2"], "min_p"),
         (["generate", "hi", "--max-audio-length-ms", "10"], "80 ms"),
+        (["generate", "hi", "--max-audio-length-ms", "inf"], "more than any model can make"),
+        (["generate", "hi", "--max-audio-length-ms", "1e30"], "more than any model can make"),
         (["generate", "hi", "--watermark-key", "1,2,3"], "1,2,3"),
         (["generate", "hi", "--watermark-key", "1,2,3,4,256"], "256"),
         (["generate", "hi", "--no-watermark", "--watermark-key", "1,2,3,4,5"], "not allowed"),
@@ -212,9 +286,11 @@ def bad_lines() -> str:
         (["generate", "hi", "--context", "a.wav", "t"], "expected 3"),
         (["nonsense"], "nonsense"),
         (["verify", "no.wav"], "no.wav"),
+        (["verify", "a.wav", "--model", "not/a/b"], "no model at 'not/a/b'"),
+        (["convert", "none", "d", "--to", "sesame"], "csm-jax: error: none: there is no such"),
         ([], "COMMAND"),
     ],
-    ids=lambda value: " ".join(value).replace("\x00", "NUL") if isinstance(value, list) else "",
+    ids=lambda value: ascii(" ".join(value))[:80] if isinstance(value, list) else "",
 )
 def test_mistakes_are_one_line_before_loading(
     fake: FakeGenerator, capsys: pytest.CaptureFixture[str], words: list[str], said: str
@@ -222,11 +298,16 @@ def test_mistakes_are_one_line_before_loading(
     write_audio("a.wav", np.zeros(24_000, np.float32), 24_000)
     Path("talk.jsonl").write_text('{"speaker": 0, "text": "x"}')
     Path("empty.jsonl").write_text("\n\n")
+    Path("digits.jsonl").write_text('{"speaker": ' + "9" * 5001 + ', "text": "x"}')
+    Path("minus.jsonl").write_text('{"speaker": -' + "9" * 4001 + ', "text": "x"}')
+    soundfile.write("two.wav", np.zeros((24_000, 2), np.float32), 24_000)
     Path("latin.jsonl").write_bytes('{"speaker": 0, "text": "é"}'.encode("latin-1"))
     assert cli.main(words) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert said in captured.err.splitlines()[-1]
+    assert len(captured.err.splitlines()[-1]) < 300
+    assert 'mono="mean"' not in captured.err
     assert "Traceback" not in captured.err
     assert fake.loaded is None
     assert not Path("out.wav").exists()
@@ -269,15 +350,25 @@ def test_failures_while_generating_leave_the_old_file(
     assert sorted(os.listdir(".")) == ["out.wav"]
 
 
+@pytest.mark.parametrize(("moment", "calls"), [("load_csm_1b", 0), ("write_audio", 1)])
 def test_a_swallowed_ctrl_c_is_remembered(
-    fake: FakeGenerator, monkeypatch: pytest.MonkeyPatch
+    fake: FakeGenerator, monkeypatch: pytest.MonkeyPatch, moment: str, calls: int
 ) -> None:
     monkeypatch.setattr(cli, "_interrupt", Interrupt())
-    with contextlib.suppress(KeyboardInterrupt):  # as a destructor does
-        cli._interrupt(signal.SIGINT, None)
-    assert cli.main(["generate", "hi"]) == 130
+    module: Any = pipeline if moment == "load_csm_1b" else audio
+    original = getattr(module, moment)
+
+    def pressed(*args: Any, **options: Any) -> Any:
+        with contextlib.suppress(KeyboardInterrupt):  # as a destructor does
+            cli._interrupt(signal.SIGINT, None)
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, moment, pressed)
+    Path("talk.jsonl").write_text('{"speaker": 0, "text": "a"}\n' * 3)
+    assert cli.main(["generate", "--dialogue", "talk.jsonl", "--turns-dir", "t"]) == 130
     assert not Path("out.wav").exists()
-    assert (len(fake.calls), fake.finished) == (1, 0)
+    assert (len(fake.calls), fake.finished) == (2 * calls, calls)
+    assert sorted(os.listdir("t")) == ["turn-01.wav"][:calls]
 
 
 def test_debug_shows_where(fake: FakeGenerator) -> None:
@@ -323,17 +414,14 @@ def test_ctrl_c_ends_a_real_process_cleanly(demo_model: Path, tmp_path: Path) ->
 
 
 class FakeWatermarker:
-    key: tuple[int, ...] | None = None
-
-    @classmethod
-    def from_dir(cls, path: Any) -> FakeWatermarker:
-        return cls()
+    def __init__(self, key: tuple[int, ...] | None) -> None:
+        self.key = key
 
     def detect(self, audio: np.ndarray, rate: int) -> tuple[int, ...] | None:
-        return FakeWatermarker.key
+        return self.key
 
     def verify(self, audio: np.ndarray, rate: int, key: tuple[int, ...]) -> bool:
-        return FakeWatermarker.key == key
+        return self.key == key
 
 
 @pytest.mark.parametrize(
@@ -356,50 +444,48 @@ def test_verify(
     status: int,
     said: str,
 ) -> None:
-    from csm_jax.bridge import watermark
+    def load(directory: Any) -> FakeWatermarker:  # the native one: no other kind is asked for
+        assert directory() == demo_model / "silentcipher" / hub.WATERMARK_FOLDER
+        return FakeWatermarker(key)
 
-    monkeypatch.setattr(watermark, "TorchWatermarker", FakeWatermarker)
-    monkeypatch.setattr(FakeWatermarker, "key", key)
+    monkeypatch.setattr(pipeline, "load_watermarker", load)
     write_audio(tmp_path / "a.wav", np.zeros(24_000, np.float32), 24_000)
     command = ["verify", str(tmp_path / "a.wav"), "--model", str(demo_model), *asked]
     assert cli.main(command) == status
     assert said in capsys.readouterr().out
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str], demo_model: Path, tmp_path: Path) -> None:
-    assert cli.main(["doctor", "--model", str(demo_model)]) == 0
-    text = capsys.readouterr().out
-    assert "2 + 2 layers, 32 codebooks" in text
-    assert "everything is there" in text
-
-    partial = tmp_path / "partial"
-    partial.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (partial / name).symlink_to(demo_model / name)
-    assert cli.main(["doctor", "--model", str(partial)]) == 1
-    text = capsys.readouterr().out
-    assert "3 missing" in text
-    assert "hf download" in text
-
-    assert cli.main(["doctor", "--model", str(tmp_path)]) == 1
-    assert "lacks" in capsys.readouterr().out
-
-
-def test_doctor_looks_into_the_hubs_cache(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_speaking_without_a_stream(
+    fake: FakeGenerator, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    import huggingface_hub
+    monkeypatch.setattr(sys, name, None)
+    assert cli.main(["generate", "abc"]) == 0
+    getattr(sys, name).close()
+    assert Path("out.wav").is_file()
 
-    there = {("sesame/csm-1b", "ckpt.pt"), ("sesame/csm-1b", "config.json")}
-    monkeypatch.setattr(
-        huggingface_hub,
-        "try_to_load_from_cache",
-        lambda repo, file: "/cached" if (repo, file) in there else None,
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_crash(tmp_path: Path, closed: str) -> None:
+    for words, status in (("generate --help", 0), ("generate", 2), ("verify none.wav", 2)):
+        done = subprocess.run(
+            ["sh", "-c", f"exec {sys.executable} -m csm_jax {words} {closed}"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+        if words == "generate" and closed == "<&-":
+            assert "nothing to say: give TEXT" in done.stderr
+
+
+def test_files_opened_later_do_not_take_a_closed_streams_number(tmp_path: Path) -> None:
+    code = (
+        "import os, sys\nfrom csm_jax import cli\ncli._open_missing_streams()\n"
+        "sys.exit(os.open(os.devnull, os.O_RDONLY) <= 2 or sys.stderr is None)"
     )
-    found = {finding.name: finding for finding in doctor.examine("sesame/csm-1b")}
-    assert found["checkpoint"].ok
-    assert found["config"].ok
-    assert not found["tokenizer"].ok
-    assert "hf download" in found["mimi"].remedy
-    assert cli.main(["doctor"]) == 1
-    assert "3 missing" in capsys.readouterr().out
+    command = ["sh", "-c", f"exec {sys.executable} -c '{code}' 2>&- >&-"]
+    assert subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0

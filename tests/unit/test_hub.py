@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from csm_jax import hub
@@ -341,10 +342,70 @@ def test_a_bare_checkpoint_gets_the_rest_from_the_hub(tmp_path, ask):
     assert read(out["mimi"]) == b"mimi"
 
 
-@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c", "", "nowhere"])
-def test_neither_path_nor_id(source, no_network, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ask", [hub.locate, hub.locate_config, hub.locate_watermark])
+@pytest.mark.parametrize(
+    "source", ["./nowhere", "/nowhere/at/all", "a/b/c", "", "nowhere", "missing.safetensors"]
+)
+def test_neither_path_nor_id(ask, source, no_network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if source == "":
-        source = "missing.safetensors"
-    with pytest.raises(FileNotFoundError, match="no model at"):
-        hub.locate(source)
+    with pytest.raises(FileNotFoundError, match=f"no model at '{source}'"):
+        ask(source)
+
+
+@pytest.mark.parametrize("ask", [hub.locate, hub.locate_config, hub.locate_watermark])
+def test_a_file_that_is_no_checkpoint(ask, directory, no_network):
+    (directory / "ok.wav").touch()
+    for source in (directory / "ok.wav", os.devnull):
+        with pytest.raises(ValueError, match=r"unknown kind of file; known endings are \.safetens"):
+            ask(source)
+    (directory / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json is not an index"):
+        ask(directory / "config.json")
+
+
+def test_the_endings_are_those_that_load(tmp_path):
+    from csm_jax.weights.opening import open_source
+
+    with pytest.raises(ValueError, match="unknown kind of file") as info:
+        open_source(tmp_path / "a.wav")
+    assert str(info.value).endswith(f"known endings are {', '.join(hub.CHECKPOINT_SUFFIXES)}")
+
+
+def test_the_config_and_the_watermark_alone(directory, no_network):
+    # Of a directory, a file in it, or an orbax directory in it.
+    (directory / "params").mkdir()
+    (directory / "params" / "_METADATA").touch()
+    for source in (directory, directory / "model.safetensors", directory / "params"):
+        assert hub.locate_config(source) == directory / "config.json"
+        expected = directory / "silentcipher" / hub.WATERMARK_FOLDER
+        assert hub.locate_watermark(source) == expected
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_codec_inside_the_checkpoint_is_not_missed(directory, no_network, sharded):
+    from safetensors.numpy import save_file
+
+    tensors = {"codec_model.a": np.zeros(1, np.float32), "lm_head.weight": np.zeros(1, np.float32)}
+    (directory / "tokenizer.json").unlink()
+    (directory / hub.MIMI).unlink()
+    (directory / "model.safetensors").unlink()
+    save_file(tensors, directory / "model.safetensors")
+    if sharded:
+        (directory / "model.safetensors").rename(directory / "t-1.safetensors")
+        index = {"weight_map": dict.fromkeys(tensors, "t-1.safetensors")}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    files = hub.locate(directory)
+    with pytest.raises(FileNotFoundError) as info:
+        files.tokenizer()
+    assert hub.MIMI not in str(info.value)
+    with pytest.raises(FileNotFoundError, match=hub.MIMI):
+        files.mimi()  # asked for all the same: by the bridge, which reads moshi's file only
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"\x02" + bytes(7) + b"[]"])
+def test_a_damaged_checkpoint_brings_no_codec(directory, no_network, content):
+    (directory / "tokenizer.json").unlink()
+    (directory / hub.MIMI).unlink()
+    (directory / "model.safetensors").write_bytes(content)
+    with pytest.raises(FileNotFoundError, match=hub.MIMI):
+        hub.locate(directory).tokenizer()

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from csm_jax import prompt as prompt_module
 from csm_jax.audio import resample
 from csm_jax.config import tiny
 from csm_jax.prompt import (
@@ -164,13 +165,25 @@ def test_empty_text(tokenizer, text):
         ("\x1b", "U+001B"),
         ("\x7f", "U+007F"),
         ("\x9b", "U+009B"),
-        ("\ud800", "U+D800"),
     ],
 )
 def test_control_characters(tokenizer, character, name):
     with pytest.raises(
         ValueError, match=rf"^text holds the control character U\{name[1:]} at position 2"
     ):
+        build(tokenizer, text=f"ab{character}c")
+
+
+@pytest.mark.parametrize(
+    ("character", "what"),
+    [
+        ("\udcff", "the byte 0xFF"),
+        ("\udc80", "the byte 0x80"),
+        ("\ud800", "the surrogate U\\+D800"),
+    ],
+)
+def test_bytes_that_are_no_utf_8(tokenizer, character, what):
+    with pytest.raises(ValueError, match=rf"^text is not valid UTF-8: {what} at position 2; "):
         build(tokenizer, text=f"ab{character}c")
 
 
@@ -296,15 +309,17 @@ def test_the_length_rule_is_the_references(tokenizer):
     # Sesame raises when positions >= max_seq_len - max_generation_len.
     turns = [segment(100), segment(100)]
     positions = len(build(tokenizer, context=turns).frames)
+    own = len(build(tokenizer).frames)
     limit = 2048 - positions
     assert len(build(tokenizer, context=turns, max_frames=limit - 1).frames) == positions
     codec = CountingCodec()
     with pytest.raises(ValueError, match="max_seq_len") as info:
         build(tokenizer, codec, context=turns, max_frames=limit)
     assert str(info.value) == (
-        f"Prompt has {positions} positions and max_frames={limit:,}, but max_seq_len=2,048; "
+        f"the text ({own} positions) and the context ({positions - own}) do not fit beside "
+        f"max_audio_length_ms={80 * limit:,} ({limit:,}): the model holds max_seq_len=2,048 positions; "
         "drop 1 positions of context (truncate_context drops the oldest) "
-        f"or lower max_frames to at most {limit - 1:,}"
+        f"or lower max_audio_length_ms to at most {80 * (limit - 1):,}"
     )
     assert not codec.calls
 
@@ -313,12 +328,12 @@ def test_the_remedies_work(tokenizer):
     turns = [segment(900), segment(900)]
     with pytest.raises(ValueError, match="drop") as info:
         build(tokenizer, context=turns, max_frames=500)
-    lower = int(str(info.value).split("at most ")[1].replace(",", ""))
+    lower = int(str(info.value).split("at most ")[1].replace(",", "")) // 80
     assert len(build(tokenizer, context=turns, max_frames=lower).frames)
 
 
 def test_a_text_too_long_by_itself(tokenizer):
-    with pytest.raises(ValueError, match=r"shorten the text \([\d,]+ positions of its own\)"):
+    with pytest.raises(ValueError, match=r"the text \([\d,]+ positions\).*shorten the text or"):
         build(tokenizer, text="word " * 400, max_frames=1500, truncate_context=True)
     with pytest.raises(ValueError, match="say it in several turns"):
         build(tokenizer, text="word " * 2000)
@@ -338,9 +353,34 @@ def test_truncation_drops_whole_oldest_segments(tokenizer):
     assert untouched.dropped_segments == 0
 
 
+def test_dropped_segments_are_logged_and_not_resampled(tokenizer, caplog, monkeypatch):
+    resampled = []
+    monkeypatch.setattr(
+        prompt_module,
+        "resample",
+        lambda x, *rates: (resampled.append(len(x)), resample(x, *rates))[1],
+    )
+    turns = [
+        Segment(speaker=0, text="hi", audio=np.zeros(n, np.float32), sample_rate=44100)
+        for n in (900_001, 900_002, 44_101)
+    ]
+    with caplog.at_level("INFO", "csm_jax.prompt"):
+        prompt = build(tokenizer, context=turns, max_frames=1700, truncate_context=True)
+    assert (prompt.dropped_segments, resampled) == (1, [900_002, 44_101])
+    assert [record.getMessage() for record in caplog.records] == [
+        "left out the oldest 1 of 3 context turns to fit"
+    ]
+    caplog.clear()
+    # Lengths are known without resampling, to the sample.
+    whole = build(tokenizer, context=turns, max_frames=100)
+    assert len(whole.frames) == len(prompt.frames) + len(tokenizer.encode("[0]hi")) + 257
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("max_frames", [0, -1, 2048, 5000])
 def test_max_frames_out_of_range(tokenizer, max_frames):
-    with pytest.raises(ValueError, match=r"max_frames must be between 1 and 2,047"):
+    said = rf"max_audio_length_ms must be between 80 and 163,760, .* got {80 * max_frames:,}"
+    with pytest.raises(ValueError, match=said):
         build(tokenizer, max_frames=max_frames)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,7 +182,11 @@ def test_noise_depends_on_seed_frame_and_codebook_and_on_nothing_else() -> None:
     [
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, r"finite number from 0\.001 to 1,000,000, got inf"),
+        ({"temperature": 1e40}, r"finite number from 0\.001 to 1,000,000, got 1e\+40"),
+        ({"temperature": 10**400}, "finite number"),
         ({"top_k": -1}, "top_k"),
+        ({"top_k": 2**31}, "whole number up to 2,147,483,647, got 2147483648"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"min_p": -0.1}, "min_p"),
@@ -191,7 +197,28 @@ def test_settings_out_of_range_are_refused(changes: dict[str, float], message: s
         sampling(1, **changes)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**64, True])
+def unchecked(function: Any) -> Any:
+    """Returns a function past the type checker of the tests, which users do not have."""
+    return function.__wrapped__
+
+
+def test_the_settings_have_the_callers_names() -> None:
+    for name, bad in (("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("min_p", 2.0)):
+        settings = {"temperature": [1.0], "top_k": [1], "top_p": [1.0], "min_p": [0.0], name: [bad]}
+        with pytest.raises(ValueError, match=f"^decoder_{name} must"):
+            sampling_params(**settings, prefix="decoder_")  # pyright: ignore
+    settings = {"temperature": [1.0], "top_k": [float("inf")], "top_p": [1.0], "min_p": [0.0]}
+    with pytest.raises(ValueError, match=r"^top_k must"):
+        unchecked(sampling_params)(**settings)
+
+
+def test_the_largest_temperature_is_a_number_to_float32() -> None:
+    scores = jnp.asarray(logits())
+    got = filter_logits(scores, sampling(1, temperature=1e6, top_k=0), codebook_size=VOCAB, ranks=0)
+    assert len(np.unique(np.asarray(got))) == VOCAB
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, True, float("inf"), float("nan")])
 def test_bad_seeds_are_refused(seed: object) -> None:
     with pytest.raises(ValueError, match="seed"):
-        request_keys([seed])  # pyright: ignore
+        unchecked(request_keys)([seed])
