@@ -15,22 +15,21 @@ INPUTS := pyproject.toml constraints.txt Makefile
 .PHONY: demo test lint bench clean
 .DEFAULT_GOAL := demo
 
-# In this order. torch first and by its exact version, so that nothing below picks another build.
-# moshi and silentcipher without their dependencies: their ranges exclude this torch and this numpy,
-# with which they run; pyproject.toml's extra `torch` lists what they really import.
 $(VENV)/.stamp-base: $(INPUTS)
 	@test -n "$(PYTHON)" || { echo "csm_jax needs Python 3.11 or newer on PATH" >&2; exit 1; }
-	@echo "installing into $(VENV) (about 1 GB; a minute or two)"
+	@echo "installing into $(VENV) (about 0.7 GB; a minute)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) pip setuptools
-	$(PIP) torch==2.13.0
-	$(PIP) --no-deps moshi silentcipher
-	$(PIP) --no-build-isolation -e '.[torch]' matplotlib
+	$(PIP) --no-build-isolation -e . matplotlib
 	@touch $@
 
-# torchtune and torchao likewise without theirs: torchtune also lists what only its recipes use.
+# What the tests compare with. torch first and by its exact version, so that nothing below picks another
+# build. moshi and silentcipher without their dependencies: their ranges exclude this torch and this
+# numpy, with which they run; pyproject.toml's extra `torch` lists what they really import. torchtune and
+# torchao likewise without theirs: torchtune also lists what only its recipes use.
 $(VENV)/.stamp-test: $(VENV)/.stamp-base
-	$(PIP) --no-deps torchtune torchao
+	$(PIP) torch==2.13.0
+	$(PIP) --no-deps moshi silentcipher torchtune torchao
 	$(PIP) --no-build-isolation -e '.[parity,dev]'
 	@touch $@
 

@@ -6,7 +6,7 @@ Arrays are numpy; a codec moves them to its own device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,6 +18,10 @@ class CodecStream(Protocol):
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Returns the audio (float32 [n * samples per frame]) of the next frames (int [n, C])."""
+        ...
+
+    def begin(self, codes: np.ndarray) -> Callable[[], np.ndarray]:
+        """Starts decoding the next frames and returns a function that waits for what `decode` gives."""
         ...
 
     def close(self) -> None:

@@ -8,16 +8,18 @@ a host loop around `csm_jax.generate`; nothing here touches a model's insides. A
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from csm_jax import config as csm_config
-from csm_jax.batch import Progress, Request, Speech, StaticBatch, row_settings
+from csm_jax.batch import Progress, Request, Speech, StaticBatch, as_requests, row_settings
 from csm_jax.config import CSMConfig, Dtype
 from csm_jax.generate import Status
 from csm_jax.prompt import EncodeCache, Prompt, Segment, TextTokenizer, build_prompt
@@ -26,6 +28,9 @@ from csm_jax.watermark_key import DEFAULT_KEY, check_key
 if TYPE_CHECKING:
     from csm_jax.array_typing import Params
     from csm_jax.codec import Codec
+    from csm_jax.hub import ModelFiles
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable  # the tests check annotations at run time
@@ -40,6 +45,14 @@ class Watermarker(Protocol):
         """Returns a marker of audio that arrives in pieces."""
         ...
 
+    def verify(self, audio: np.ndarray, sample_rate: int, key: Sequence[int]) -> bool:
+        """Returns whether the audio carries this key."""
+        ...
+
+    def detect(self, audio: np.ndarray, sample_rate: int) -> tuple[int, ...] | None:
+        """Returns the key in the audio, or None where no mark is read."""
+        ...
+
 
 @runtime_checkable  # the tests check annotations at run time
 class WatermarkStream(Protocol):
@@ -52,6 +65,10 @@ class WatermarkStream(Protocol):
     def flush(self) -> np.ndarray:
         """Returns the rest."""
         ...
+
+
+Implementation = Literal["jax", "torch"]
+"""Which of the two implementations of codec and watermark."""
 
 
 class GenerationError(RuntimeError):
@@ -142,7 +159,7 @@ class Generator:
 
     def generate_batch(
         self,
-        requests: Sequence[Request],
+        requests: Iterable[Request],
         *,
         batch_size: int = 32,
         on_progress: Progress | None = None,
@@ -156,8 +173,10 @@ class Generator:
 
         Raises:
             ValueError: Bad input in any request, before anything is generated.
+            TypeError: An item is not a `Request`.
             GenerationError: Scores of some requests were not finite; it holds the others' audio.
         """
+        requests = as_requests(requests)
         speeches = self.generate_codes(requests, batch_size=batch_size, on_progress=on_progress)
         audios = self._decode_all(speeches)
         finished = [audio for audio in audios if audio is not None]
@@ -173,7 +192,7 @@ class Generator:
 
     def generate_codes(
         self,
-        requests: Sequence[Request],
+        requests: Iterable[Request],
         *,
         batch_size: int = 32,
         on_progress: Progress | None = None,
@@ -181,8 +200,9 @@ class Generator:
         """Returns the codes of each request and why it ended, without decoding to audio.
 
         Raises:
-            ValueError: Bad input in any request, before anything is generated.
+            TypeError, ValueError: Bad input in any request, before anything is generated.
         """
+        requests = as_requests(requests)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         prompts = [self._prompt(request) for request in requests]
@@ -250,25 +270,26 @@ class Generator:
             if self.watermarker is not None
             else None
         )
+        failed = False
         with self.codec.open_stream() as decoder:
-            for codes, valid, status in batch.run(chunk_frames, None):
-                kept = codes[0, valid[0]]
-                if len(kept):
-                    audio = decoder.decode(kept)
-                    audio = audio if marker is None else marker.push(audio)
+            decoded: Callable[[], np.ndarray] | None = None
+            for chunk in batch.run(chunk_frames, None):
+                # The audio of the chunk before is fetched while the devices make this one.
+                if decoded is not None:
+                    audio = decoded() if marker is None else marker.push(decoded())
                     if len(audio):
                         yield audio
-                if status[0] == Status.ERROR:
-                    if marker is not None:
-                        yield marker.flush()
-                    raise GenerationError(
-                        "the model's scores were not finite: check the weights, or use float32",
-                        [None],
-                        [0],
-                    )
-        rest = marker.flush() if marker is not None else np.zeros(0, np.float32)
-        if len(rest):
-            yield rest
+                codes, valid, status = chunk.wait()
+                decoded = decoder.begin(codes[0, valid[0]])
+                failed = status[0] == Status.ERROR
+            rest = [] if decoded is None else [decoded()]
+        if marker is not None:
+            rest = [*map(marker.push, rest), marker.flush()]
+        yield from (audio for audio in rest if len(audio))
+        if failed:
+            raise GenerationError(
+                "the model's scores were not finite: check the weights, or use float32", [None], [0]
+            )
 
     def _decode_all(self, speeches: Sequence[Speech]) -> list[np.ndarray | None]:
         kept = [i for i, speech in enumerate(speeches) if speech.finish_reason != "error"]
@@ -315,8 +336,10 @@ def load_csm_1b(
     *,
     dtype: Dtype | None = None,
     layout: str | None = None,
-    watermark: bool = True,
+    codec: Implementation = "jax",
+    watermark: Implementation | bool = "jax",
     watermark_key: Sequence[int] = DEFAULT_KEY,
+    device: str | None = None,
 ) -> Generator:
     """Returns a ready generator.
 
@@ -327,30 +350,31 @@ def load_csm_1b(
         source: A hub id, a directory holding everything, or a checkpoint file.
         dtype: Of weights and activations; by default bfloat16, on CPU float32.
         layout: The checkpoint's layout where its names cannot tell (`csm-hf` or `csm-mlx`).
-        watermark: False leaves the audio unmarked.
+        codec: "jax" runs Mimi beside the model, "torch" through the moshi package on torch's CPU.
+        watermark: "jax" or "torch" likewise; False leaves the audio unmarked.
         watermark_key: Five bytes; the default is Sesame's public key.
+        device: Sesame's argument, refused: JAX chooses the device (`JAX_PLATFORMS`).
 
     Raises:
         FileNotFoundError: A file is missing; the message says how to get it.
         ValueError: A file is damaged, or does not belong to the model.
-        ImportError: The torch bridge is not installed; the message has the command.
+        ImportError: "torch" was asked for and is not installed; the message has the command.
     """
     if str(source) in ("cuda", "cpu", "mps", "gpu", "tpu"):
+        source, device = "", str(source)
+    if device is not None:
         raise ValueError(
-            f"load_csm_1b's first argument is the model, not a device ({source!r}): "
-            "JAX takes the accelerator it finds; set JAX_PLATFORMS to choose"
+            f"load_csm_1b takes a model, not a device ({device!r}): JAX takes the accelerator it "
+            "finds; set the environment variable JAX_PLATFORMS to choose"
         )
-    # Imported here: torch and the hub client are needed to load, not to define.
+    if codec not in ("jax", "torch"):
+        raise ValueError(f"codec must be 'jax' or 'torch', got {codec!r}")
+    # Imported here: the hub client and the weights' readers are needed to load, not to define.
     from csm_jax import hub, weights
-    from csm_jax.bridge.mimi import TorchMimi
 
     enable_compilation_cache()
     files = hub.locate(source)
-    watermarker = None
-    if watermark:
-        from csm_jax.bridge.watermark import TorchWatermarker
-
-        watermarker = TorchWatermarker.from_dir(files.watermark_dir())
+    watermarker = load_watermarker(files.watermark_dir, watermark)
     tokenizer = TextTokenizer.from_file(files.tokenizer())
     config, params = weights.load_checkpoint(
         files.checkpoint,
@@ -362,20 +386,78 @@ def load_csm_1b(
         config=config,
         params=params,
         tokenizer=tokenizer,
-        codec=TorchMimi.from_file(files.mimi(), num_codebooks=config.num_codebooks),
+        codec=_load_codec(files, codec, num_codebooks=config.num_codebooks),
         watermarker=watermarker,
         watermark_key=watermark_key,
     )
 
 
+def _load_codec(files: ModelFiles, kind: Implementation, *, num_codebooks: int) -> Codec:
+    if kind == "torch":
+        from csm_jax.bridge.mimi import TorchMimi
+
+        return TorchMimi.from_file(files.mimi(), num_codebooks=num_codebooks)
+    from csm_jax.mimi.codec import JaxMimi
+    from csm_jax.weights.mimi import load_mimi
+
+    return JaxMimi(*load_mimi(find_mimi(files)), num_codebooks=num_codebooks)
+
+
+def find_mimi(files: ModelFiles) -> Path:
+    """Returns where the native codec's weights are: beside the model, within its checkpoint, or fetched.
+
+    Raises:
+        FileNotFoundError: The model directory has none; all missing files are listed.
+        HubError: They cannot be fetched.
+    """
+    from csm_jax.weights.mimi import holds_mimi
+
+    beside = files.mimi_beside()
+    if beside is None and holds_mimi(files.checkpoint):  # a checkpoint of transformers brings it
+        return files.checkpoint
+    return beside or files.mimi()
+
+
+def load_watermarker(
+    directory: Callable[[], Path], kind: Implementation | bool = "jax"
+) -> Watermarker | None:
+    """Returns the watermarker of a directory of silentcipher's files, None for `False`.
+
+    Args:
+        directory: Finds the directory; called only if it is needed.
+        kind: As `load_csm_1b`'s `watermark`.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: As `load_csm_1b`.
+    """
+    if kind is False:
+        return None
+    if kind == "torch":
+        from csm_jax.bridge.watermark import TorchWatermarker
+
+        return TorchWatermarker.from_dir(directory())
+    if kind not in ("jax", True):
+        raise ValueError(f"watermark must be 'jax', 'torch' or False, got {kind!r}")
+    from csm_jax.watermark import JaxWatermarker
+
+    return JaxWatermarker.from_dir(directory())
+
+
 def enable_compilation_cache() -> None:
-    """Turns on JAX's persistent compilation cache, unless one is configured."""
+    """Turns on JAX's persistent compilation cache, unless one is configured or none can be written."""
     from jax.experimental.compilation_cache import compilation_cache
 
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        default = Path.home() / ".cache" / "csm_jax"
-        jax.config.update(
-            "jax_compilation_cache_dir", os.environ.get("CSM_JAX_CACHE_DIR", str(default))
-        )
-        # JAX settles at its first compilation whether it has a cache; that may be behind us.
-        compilation_cache.reset_cache()
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    try:
+        chosen = os.environ.get("CSM_JAX_CACHE_DIR")
+        path = Path(chosen) if chosen else Path.home() / ".cache" / "csm_jax"
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        logger.info("compiled programs are not kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    # JAX settles at its first compilation whether it has a cache; that may be behind us.
+    compilation_cache.reset_cache()

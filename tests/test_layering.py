@@ -16,15 +16,19 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("array_typing",),
     ("config",),
     ("sharding", "sampling", "audio", "codec", "watermark_key"),
-    ("kvcache", "bridge"),
-    ("llama",),
+    ("kvcache", "linear"),
+    # Mimi's files are no part of it: their names and forms are `weights.mimi` and `mimi_tables`, with
+    # those of CSM's, whose readers and checks they share.
+    ("llama", "mimi"),
     ("backbone", "decoder"),
     ("model",),
     ("generate", "prompt", "weights", "hub"),
-    ("batch",),
-    ("batch",),
+    # A watermark is its files as much as its networks, so it stands below the weights, and below it
+    # the bridge, which lends it (and the codec) networks of torch.
+    ("batch", "watermark"),
+    ("bridge",),
     ("pipeline",),
-    ("dialogue", "doctor", "interrupt"),
+    ("dialogue", "doctor", "interrupt", "cli_arguments"),
     ("cli",),
     ("__init__", "__main__"),  # the table of contents, and the command
 )
@@ -47,6 +51,7 @@ WITHOUT_JAX = (
     "__init__",
     "__main__",
     "cli",
+    "cli_arguments",
     "doctor",
     "dialogue",
     "interrupt",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,11 @@ class MimiStream:
             finally:
                 model.set_streaming_state(dict.fromkeys(state))
         return np.concatenate(audio)
+
+    def begin(self, codes: np.ndarray) -> Callable[[], np.ndarray]:
+        """Decodes the next frames (int [n, C]) at once; returns a function that gives the audio."""
+        audio = self.decode(codes)
+        return lambda: audio
 
     def close(self) -> None:
         """Frees the stream's state; closing twice does nothing."""

@@ -29,16 +29,15 @@ State = Params
 positions (25 per second) each row has been through, int32 [B]."""
 
 
-def prepare(
-    params: Params, *, num_codebooks: int, config: MimiConfig, dtype: DTypeLike = jnp.float32
-) -> Params:
-    """Returns a checkpoint's parameters as `encode_frames` and `decode_frames` take them.
+def prepare(params: Params, *, num_codebooks: int, config: MimiConfig) -> Params:
+    """Returns a checkpoint's parameters as `encode_frames` and `decode_frames` take them, in float32.
+
+    bfloat16 would leave 38 dB between the decoded audio and the reference's; float32 leaves 112.
 
     Args:
         params: The tree of `csm_jax.mimi.params.param_shapes(config)`.
         num_codebooks: Codes per frame to use.
         config: Sizes.
-        dtype: Of weights and activations.
 
     Raises:
         ValueError: `num_codebooks` is not between 1 and the checkpoint's.
@@ -57,16 +56,16 @@ def prepare(
         for i, stage in params["decoder"]["stages"].items()
     }
     tree["decoder"] = params["decoder"] | {"stages": stages}
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
 
 
-def init_decode_state(config: MimiConfig, *, batch: int, dtype: DTypeLike = jnp.float32) -> State:
+def init_decode_state(config: MimiConfig, *, batch: int) -> State:
     """Returns the state of `batch` rows at the start of an utterance, for `decode_frames`.
 
     On a mesh the rows are split over its data axis where they divide evenly; split what goes with
     them likewise (`csm_jax.sharding.split_batch`).
     """
-    zeros = functools.partial(_zeros, batch, dtype)
+    zeros = functools.partial(_zeros, batch, jnp.float32)
     channels = _channels(config)[::-1]
     stages = {
         str(i): {
@@ -87,12 +86,12 @@ def init_decode_state(config: MimiConfig, *, batch: int, dtype: DTypeLike = jnp.
     }
 
 
-def init_encode_state(config: MimiConfig, *, batch: int, dtype: DTypeLike = jnp.float32) -> State:
+def init_encode_state(config: MimiConfig, *, batch: int) -> State:
     """Returns the state of `batch` rows at the start of an utterance, for `encode_frames`.
 
     On a mesh as `init_decode_state`.
     """
-    zeros = functools.partial(_zeros, batch, dtype)
+    zeros = functools.partial(_zeros, batch, jnp.float32)
     channels = _channels(config)
     stages = {
         str(i): {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -28,6 +28,9 @@ class PlainCodec:
 
     def decode_batch(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [self.decode(each) for each in codes]
+
+    def begin(self, codes: np.ndarray) -> Callable[[], np.ndarray]:
+        return lambda: self.decode(codes)
 
     def open_stream(self) -> PlainCodec:
         return self

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from csm_jax.config import SAMPLE_RATE, CSMConfig, csm_1b, tiny
+from tests.support.torch_file import write_torch_file
 
 PROMPTS = (
     ("conversational_a", "Ah, oh, ee; that is all a vowel can say.", 115.0),
@@ -53,29 +54,77 @@ def vowels(*, pitch: float, seconds: float = 2.4, seed: int = 0) -> np.ndarray:
     return (0.5 * audio / np.abs(audio).max()).astype(np.float32)
 
 
-def _make_audible(path: Path, sizes: CSMConfig) -> None:
+def _write_mimi(path: Path, sizes: CSMConfig, *, seed: int) -> None:
+    import jax
+
+    from csm_jax.mimi.codec import JaxMimi
+    from csm_jax.mimi.config import tiny_mimi
+    from csm_jax.mimi.params import init_params
+    from csm_jax.weights.mimi import save_mimi
+
+    config = dataclasses.replace(tiny_mimi(), codebook_size=sizes.codebook_size)
+    params = init_params(config, jax.random.key(seed))
     # Random biases give a hum with an offset, whatever the codes are; without them the codes are heard.
-    from safetensors import safe_open
-    from safetensors.numpy import load_file, save_file
-
-    from csm_jax.bridge.mimi import TorchMimi
-
-    with safe_open(path, framework="numpy") as file:
-        metadata = file.metadata()
-    state = load_file(path)
-    for name in state:
-        if name.startswith("decoder.") and name.endswith(".bias"):
-            state[name] = np.zeros_like(state[name])
-    save_file(state, path, metadata=metadata)
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, sizes.codebook_size, (25, sizes.num_codebooks), np.int32)
-    level = TorchMimi.from_file(path).decode(codes).std()
-    last = max(
-        (name for name in state if name.startswith("decoder.") and name.endswith("conv.weight")),
-        key=lambda name: int(name.split(".")[2]),
+    params["decoder"] = jax.tree_util.tree_map_with_path(
+        lambda where, leaf: 0 * leaf if where[-1].key == "bias" else leaf, params["decoder"]
     )
-    state[last] = state[last] * np.float32(0.1 / level)
-    save_file(state, path, metadata=metadata)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, sizes.codebook_size, (25, config.num_codebooks), np.int32)
+    level = float(JaxMimi(config, params).decode(codes).std())
+    params["decoder"]["conv_out"]["weight"] *= 0.1 / level
+    save_mimi(path, config, params, layout="moshi")
+
+
+_WATERMARK = """\
+SR: 44100
+N_FFT: 4096
+HOP_LENGTH: 2048
+message_band_size: 1024
+message_dim: 5
+message_len: 21
+message_sdr: 47
+n_messages: 1
+model_type: n_message
+enc_n_layers: 3
+dec_c_n_layers: 4
+ensure_negative_message: true
+ensure_constrained_message: false
+utterance_level_normalization: true
+frame_level_normalization: false
+no_normalization: false
+"""
+"""The published settings of silentcipher's 44.1 kHz model."""
+
+
+def _write_watermark(directory: Path, *, seed: int) -> None:
+    # (inputs, outputs, kernel) of the gated convolutions of each published network, and its linear.
+    networks = {
+        "enc_c": ([(1, 32, 3), (32, 32, 3), (32, 32, 3)], 1, (1024, 5)),
+        "dec_c": ([(96, 96, 3), (96, 96, 3), (96, 96, 3), (96, 1, 1)], 1, None),
+        "dec_m_0": ([(1, 128, 3), *[(128, 128, 3)] * 8, (128, 5, 3)], 2, (1, 1024)),
+    }
+    rng = np.random.default_rng(seed)
+
+    def random(*shape: int) -> np.ndarray:
+        bound = np.prod(shape[1:]) ** -0.5
+        return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+    directory.mkdir(parents=True)
+    (directory / "hparams.yaml").write_text(_WATERMARK, encoding="utf-8")
+    for name, (layers, step, linear) in networks.items():
+        tensors = {}
+        for i, (inputs, outputs, kernel) in enumerate(layers):
+            # The message decoder has a drop-out before every layer.
+            layer = f"module.main.{i * step + step - 1}"
+            for part in ("conv", "gate"):
+                tensors[f"{layer}.{part}.weight"] = random(outputs, inputs, kernel, kernel)
+                tensors[f"{layer}.{part}.bias"] = random(outputs) * 0.1
+            tensors[f"{layer}.bn.weight"] = rng.normal(0.5, 0.3, outputs)
+            tensors[f"{layer}.bn.bias"] = rng.normal(0.5, 0.3, outputs)
+        if linear is not None:
+            tensors["module.linear.weight"] = random(*linear)
+            tensors["module.linear.bias"] = random(linear[0]) * 0.1
+        write_torch_file(directory / f"{name}.ckpt", tensors)
 
 
 def build(path: Path, *, seed: int = 0, note: Callable[[str], None] | None = None) -> Path:
@@ -92,7 +141,7 @@ def build(path: Path, *, seed: int = 0, note: Callable[[str], None] | None = Non
     from csm_jax import cli, weights
     from csm_jax.audio import write_audio
     from csm_jax.model import init_params
-    from tests.support import mimi, silentcipher, tokenizer
+    from tests.support import tokenizer
 
     say = note or (lambda line: None)
     shutil.rmtree(path, ignore_errors=True)
@@ -112,13 +161,8 @@ def build(path: Path, *, seed: int = 0, note: Callable[[str], None] | None = Non
     say(f"converted to transformers' layout: {path}")
 
     tokenizer.write_tokenizer(path / "tokenizer.json", vocab_size=sizes.text_vocab_size)
-    codec = mimi.write_mimi(
-        path / "tokenizer-e351c8d8-checkpoint125.safetensors",
-        config=mimi.small_config(codebook_size=sizes.codebook_size),
-        seed=seed,
-    )
-    _make_audible(codec, sizes)
-    silentcipher.write_random(path / "silentcipher" / "44_1_khz" / "73999_iteration", seed=seed)
+    _write_mimi(path / "tokenizer-e351c8d8-checkpoint125.safetensors", sizes, seed=seed)
+    _write_watermark(path / "silentcipher" / "44_1_khz" / "73999_iteration", seed=seed)
     (path / "prompts").mkdir()
     for name, transcript, pitch in PROMPTS:
         write_audio(path / "prompts" / f"{name}.wav", vowels(pitch=pitch), SAMPLE_RATE)

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +16,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
+from safetensors.numpy import load_file, save_file
 
 from csm_jax.array_typing import Params
 from csm_jax.generate import generate_frames
 from csm_jax.model import param_shardings
-from csm_jax.pipeline import GenerationError, Generator, Request, Segment, load_csm_1b
+from csm_jax.pipeline import (
+    GenerationError,
+    Generator,
+    Request,
+    Segment,
+    enable_compilation_cache,
+    load_csm_1b,
+)
 from csm_jax.prompt import TextTokenizer
+from csm_jax.weights.mimi import load_mimi, save_mimi
 from tests.support.codec import PlainCodec
 from tests.support.model import params_of, short_config
 from tests.support.tokenizer import write_tokenizer
@@ -45,6 +61,12 @@ class Marker:
     def flush(self) -> np.ndarray:
         rest, self.held = self.held, np.zeros(0, np.float32)
         return rest
+
+    def verify(self, audio: np.ndarray, sample_rate: int, key: Any) -> bool:
+        return bool((audio >= 1).all())
+
+    def detect(self, audio: np.ndarray, sample_rate: int) -> tuple[int, ...] | None:
+        return None
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +256,26 @@ def test_an_unknown_option_is_named_beside_the_known_ones(generator: Generator) 
 
 
 def test_a_device_is_not_a_model() -> None:
-    with pytest.raises(ValueError, match="not a device"):
+    with pytest.raises(ValueError, match=r"not a device.*JAX_PLATFORMS"):
         load_csm_1b("cuda")
+    with pytest.raises(ValueError, match=r"not a device \('cpu'\).*JAX_PLATFORMS"):
+        load_csm_1b(device="cpu")
+
+
+def test_programs_are_not_kept_where_nothing_can_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = jax.config.jax_compilation_cache_dir  # pyright: ignore
+    (tmp_path / "file").write_text("")
+    try:
+        for place, kept in ((tmp_path / "file" / "cache", None), (tmp_path / "new" / "one", True)):
+            jax.config.update("jax_compilation_cache_dir", None)
+            monkeypatch.setenv("CSM_JAX_CACHE_DIR", str(place))
+            enable_compilation_cache()
+            assert jax.config.jax_compilation_cache_dir == (str(place) if kept else None)  # pyright: ignore
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 def test_a_damaged_key_is_refused(generator: Generator) -> None:
@@ -253,3 +293,104 @@ def test_a_damaged_key_is_refused(generator: Generator) -> None:
 def test_the_path_of_a_missing_model_is_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_csm_1b(tmp_path / "nowhere")
+
+
+def test_audio_is_fetched_while_the_next_chunk_is_made(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    class Watched(PlainCodec):
+        def begin(self, codes: np.ndarray) -> Callable[[], np.ndarray]:
+            seen.append("begin")
+
+            def fetch() -> np.ndarray:
+                seen.append("fetch")
+                return self.decode(codes)
+
+            return fetch
+
+    def watched(*args: Any, **options: Any) -> Any:
+        seen.append("make")
+        return generate_frames(*args, **options)
+
+    monkeypatch.setattr("csm_jax.batch.generate_frames", watched)
+    generator = make(tokenizer, params_of(CONFIG))
+    generator.codec = Watched(
+        num_codebooks=CONFIG.num_codebooks, codebook_size=CONFIG.codebook_size
+    )
+    pieces = list(generator.stream("Hello.", 0, max_audio_length_ms=480, chunk_frames=2))
+    assert [len(piece) for piece in pieces] == [2 * SAMPLES] * 3
+    # Nothing is made in vain: three chunks for six frames.
+    assert seen == ["make", "begin", "make", "fetch", "begin", "make", "fetch", "begin", "fetch"]
+
+
+# --- from a directory -------------------------------------------------------------------------
+
+
+def test_no_torch_is_needed_to_speak_mark_and_stream(demo_model: Path) -> None:
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'moshi', 'silentcipher'): sys.modules[name] = None\n"
+        "from csm_jax import load_csm_1b\n"
+        f"generator = load_csm_1b({str(demo_model)!r})\n"
+        "audio = generator.generate('Hi.', 0, max_audio_length_ms=400)\n"
+        "assert audio.shape == (5 * 1920,), audio.shape\n"
+        "pieces = list(generator.stream('Hi.', 0, max_audio_length_ms=400))\n"
+        "assert sum(map(len, pieces)) == 5 * 1920\n"
+        "generator.watermarker.detect(audio, 24_000)\n"
+        "for options in ({'codec': 'numpy'}, {'watermark': 'off'}, {'codec': 'torch'}):\n"
+        f"    try: load_csm_1b({str(demo_model)!r}, **options)\n"
+        "    except (ValueError, ImportError) as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, env=os.environ, capture_output=True, text=True
+    )
+    assert "codec must be 'jax' or 'torch', got 'numpy'" in done.stdout
+    assert "watermark must be 'jax', 'torch' or False, got 'off'" in done.stdout
+    assert "pip install" in done.stdout  # what codec="torch" needs
+
+
+def test_the_torch_bridge_gives_the_same_audio(demo_model: Path) -> None:
+    ours = load_csm_1b(demo_model)
+    theirs = load_csm_1b(demo_model, codec="torch", watermark="torch")
+    assert type(theirs.codec).__name__ == "TorchMimi"
+    assert type(theirs.watermarker).__name__ == "TorchWatermarker"
+    context = [Segment(speaker=1, text="Before.", audio=np.sin(np.arange(3 * SAMPLES) / 9) / 3)]
+    for one, other in (
+        (ours.generate, theirs.generate),
+        (stream_joined(ours), stream_joined(theirs)),
+    ):
+        audio, expected = (
+            call("Hello.", 0, context, max_audio_length_ms=1_600, seed=4) for call in (one, other)
+        )
+        assert np.abs(expected).max() > 1e-2
+        np.testing.assert_allclose(audio, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def stream_joined(generator: Generator) -> Callable[..., np.ndarray]:
+    return lambda *args, **options: np.concatenate(list(generator.stream(*args, **options)))
+
+
+def test_a_checkpoint_that_brings_its_codec_needs_no_other(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(demo_model, model)
+    mimi = model / "tokenizer-e351c8d8-checkpoint125.safetensors"
+    config, params = load_mimi(mimi)
+    mimi.unlink()
+    with pytest.raises(FileNotFoundError, match="tokenizer-e351c8d8"):
+        load_csm_1b(model, watermark=False)
+    save_mimi(tmp_path / "codec", config, params, layout="transformers")
+    codec = load_file(tmp_path / "codec" / "model.safetensors")
+    tensors = load_file(model / "model.safetensors")
+    tensors |= {f"codec_model.{name}": tensor for name, tensor in codec.items()}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    data = json.loads((model / "config.json").read_text())
+    data["codec_config"] = json.loads((tmp_path / "codec" / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(data))
+    with_codec = load_csm_1b(model, watermark=False)
+    beside = load_csm_1b(demo_model, watermark=False)
+    codes = np.random.default_rng(0).integers(0, 2048, (4, 32), dtype=np.int32)
+    np.testing.assert_array_equal(with_codec.codec.decode(codes), beside.codec.decode(codes))
