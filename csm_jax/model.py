@@ -89,7 +89,24 @@ def param_axes(config: CSMConfig) -> Params:
 
 
 def param_shardings(config: CSMConfig, mesh: jax.sharding.Mesh) -> Params:
-    """Returns the tree of weights with each leaf's placement on `mesh`."""
+    """Returns the tree of weights with each leaf's placement on `mesh`.
+
+    Raises:
+        ValueError: The key/value heads or the MLP's width do not divide by the mesh axis they are
+            split over.
+    """
+    problems = []
+    for axis, name, size in (
+        ("heads", "backbone.num_kv_heads", config.backbone.num_kv_heads),
+        ("mlp", "backbone.intermediate_dim", config.backbone.intermediate_dim),
+        ("mlp", "decoder.intermediate_dim", config.decoder.intermediate_dim),
+    ):
+        over = sharding.RULES[axis]
+        parts = mesh.shape.get(over, 1)
+        if size % parts:
+            problems.append(f"{name}={size:,} does not divide by its {parts} devices")
+    if problems:
+        raise ValueError(f"the mesh axis {over!r} is too large: {'; '.join(problems)}")
     return _unflatten(
         {
             path: sharding.named(mesh, *leaf.get_metadata("axes"))

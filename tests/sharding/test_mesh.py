@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,3 +149,14 @@ def test_a_batch_is_split_where_it_divides(mesh: jax.sharding.Mesh) -> None:
         assert jax.typeof(sharding.split_batch(even)).sharding.spec == P("data", None)
         assert sharding.split_batch(odd) is odd
     assert sharding.split_batch(even) is even
+
+
+def test_heads_that_do_not_divide_are_named() -> None:
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    mesh = jax.make_mesh((1, 8), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    few = dataclasses.replace(
+        CONFIG, backbone=dataclasses.replace(CONFIG.backbone, num_heads=12, num_kv_heads=6)
+    )
+    with pytest.raises(ValueError, match=r"'tensor'.*num_kv_heads=6 does not divide by its 8"):
+        param_shardings(few, mesh)
