@@ -8,6 +8,7 @@ published weights, on audio made of those tones.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import types
 from pathlib import Path
@@ -39,6 +40,7 @@ HPARAMS = {
 # The same structure, a fraction of the work: 21 frames of 256 samples at 8 kHz are 0.672 s.
 SMALL = {**HPARAMS, "SR": 8000, "N_FFT": 512, "HOP_LENGTH": 256, "message_band_size": 128}
 SMALL_PERIOD = 21 * 256
+SMALL_WIDTH = 8  # channels of its reader
 
 FIRST_TONE = 40  # bin of symbol 0's tone; symbol s has the bin FIRST_TONE + 2·s
 
@@ -54,6 +56,19 @@ def package() -> types.ModuleType:
     from silentcipher import server
 
     return server
+
+
+def package_model(directory: Path, hparams: dict[str, Any], *, width: int = 128) -> Any:
+    """Returns the package's model over the files that `write_random` or `write_readable` wrote."""
+    server = package()
+    # Its STFT is a singleton that keeps the first size it was asked for.
+    type(server.STFT)._instances.clear()
+    reader = server.MsgDecoder
+    server.MsgDecoder = functools.partial(reader, channel_dim=width)
+    try:
+        return server.Model(argparse.Namespace(**hparams, load_ckpt=str(directory)))
+    finally:
+        server.MsgDecoder = reader
 
 
 def _modules(hparams: dict[str, Any], *, width: int = 128) -> dict[str, torch.nn.Module]:
@@ -77,21 +92,23 @@ def _save(directory: Path, modules: dict[str, torch.nn.Module], hparams: dict[st
     return directory
 
 
-def write_random(directory: Path, *, seed: int = 0) -> Path:
+def write_random(
+    directory: Path, *, seed: int = 0, hparams: dict[str, Any] = HPARAMS, width: int = 128
+) -> Path:
     """Returns `directory` with random weights in it."""
     torch.manual_seed(seed)
-    modules = _modules(HPARAMS)
+    modules = _modules(hparams, width=width)
     for module in modules.values():
         for name, tensor in module.named_parameters():
             if ".bn." in name:
                 torch.nn.init.normal_(tensor, mean=0.5, std=0.3)
-    return _save(directory, modules, HPARAMS)
+    return _save(directory, modules, hparams)
 
 
 @torch.no_grad()
 def write_readable(directory: Path) -> Path:
     """Returns `directory` with hand-made weights whose marks on `tones` can be read back."""
-    modules = _modules(SMALL, width=8)
+    modules = _modules(SMALL, width=SMALL_WIDTH)
     for module in modules.values():
         for name, tensor in module.named_parameters():
             # Gates of zero halve every layer alike, which its batch norm undoes.
@@ -123,3 +140,9 @@ def tones(samples: int, rate: int, *, seed: int = 0) -> np.ndarray:
         hertz = (FIRST_TONE + 2 * symbol) * SMALL["SR"] / SMALL["N_FFT"]
         audio += 0.1 * np.sin(2 * np.pi * (hertz * time + rng.random()))
     return audio.astype(np.float32)
+
+
+def noise(samples: int, *, seed: int = 0) -> np.ndarray:
+    """Returns low-pass noise, float32 [samples]."""
+    x = np.random.default_rng(seed).standard_normal(samples + 20)
+    return (0.3 * np.convolve(x, np.ones(20) / 20, "same")[:samples]).astype(np.float32)
