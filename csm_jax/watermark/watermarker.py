@@ -21,7 +21,7 @@ from csm_jax.watermark.message import NOTHING, Reading
 from csm_jax.watermark.stream import WatermarkStream
 from csm_jax.watermark_key import DEFAULT_KEY, check_key
 
-# Reading costs the CPU about as long as the audio lasts, so a mark is read from the loudest 20 s,
+# Reading costs a CPU about half as long as the audio lasts, so a mark is read from the loudest 20 s,
 # and its phase is searched over the loudest 3 s: in quarters of a frame, then in sixteenths around
 # the best. A mark reads well while frames are off by much less than their length; the package tries
 # every 10 samples over the whole file.
