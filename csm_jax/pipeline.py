@@ -37,8 +37,10 @@ logger = logging.getLogger(__name__)
 class Watermarker(Protocol):
     """What embeds the watermark; `csm_jax.bridge.watermark.TorchWatermarker` is one."""
 
-    def embed(self, audio: np.ndarray, sample_rate: int, key: Sequence[int]) -> np.ndarray:
-        """Returns the marked audio, same length and rate."""
+    def embed_batch(
+        self, audios: Sequence[np.ndarray], sample_rate: int, key: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Returns each audio marked, same length and rate, as if it were alone."""
         ...
 
     def open_stream(self, sample_rate: int, key: Sequence[int]) -> WatermarkStream:
@@ -298,14 +300,11 @@ class Generator:
             audios[i] = np.zeros(0, np.float32)
         spoken = [i for i in kept if len(speeches[i].codes)]
         decoded = self.codec.decode_batch([speeches[i].codes for i in spoken]) if spoken else []
+        if self.watermarker is not None:
+            decoded = self.watermarker.embed_batch(decoded, self.sample_rate, self.watermark_key)
         for i, audio in zip(spoken, decoded, strict=True):
-            audios[i] = self._mark(audio)
+            audios[i] = audio
         return audios
-
-    def _mark(self, audio: np.ndarray) -> np.ndarray:
-        if self.watermarker is None:
-            return audio
-        return self.watermarker.embed(audio, self.sample_rate, self.watermark_key)
 
     def _prompt(self, request: Request) -> Prompt:
         row_settings([request])  # bad settings are an error before any work
