@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable  # the tests check annotations at run time
 class Watermarker(Protocol):
-    """What embeds the watermark; `csm_jax.bridge.watermark.TorchWatermarker` is one."""
+    """What puts the watermark in and finds it; `csm_jax.watermark.Watermarker` is one."""
 
     def embed_batch(
         self, audios: Sequence[np.ndarray], sample_rate: int, key: Sequence[int]

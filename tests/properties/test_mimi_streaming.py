@@ -155,7 +155,6 @@ def test_encoding_rows_at_different_times(codec, poison):
 
 def test_a_piece_longer_than_the_context(codec):
     codes = random_codes(64, 9)  # 128 positions through a ring of 14
-    by_frame = []
     with codec.open_stream() as stream:
         by_frame = [stream.decode(codes[i : i + 1]) for i in range(64)]
     np.testing.assert_allclose(np.concatenate(by_frame), codec.decode(codes), rtol=0, atol=1e-5)

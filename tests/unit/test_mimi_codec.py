@@ -86,15 +86,10 @@ def test_batch_equals_single(codec):
 
 
 def test_lengths_share_programs(codec):
-    for frames in (17, 31, 33, 64, 100):  # once for every size that can occur
+    for frames in (1, 2, 4, 8, 16, 32):  # the sizes of a piece
         codec.decode(random_codes(frames))
     before = model.decode_frames._cache_size()
     for frames in range(1, 90, 4):
-        codec.decode(random_codes(frames))
-    sizes = {bucket(frames) for frames in range(1, 33)}
-    assert model.decode_frames._cache_size() <= before + len(sizes)
-    before = model.decode_frames._cache_size()
-    for frames in range(2, 90, 4):
         codec.decode(random_codes(frames))
     assert model.decode_frames._cache_size() == before
 
