@@ -72,6 +72,7 @@ def settings(rows: int) -> RowSettings:
     return RowSettings(
         key=request_keys(range(rows)),
         max_frames=jnp.full((rows,), 10_000, jnp.int32),
+        segment=jnp.full((rows,), -1, jnp.int32),
         sampling=sesames(rows),
         decoder_sampling=sesames(rows),
     )

@@ -14,11 +14,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from csm_jax.batch import Request
     from csm_jax.config import CSMConfig, csm_1b, tiny
     from csm_jax.model import CSM
     from csm_jax.pipeline import GenerationError, Generator, load_csm_1b
     from csm_jax.prompt import Segment
+    from csm_jax.request import Request
     from csm_jax.weights import load_checkpoint, save_checkpoint
 
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "load_csm_1b": "pipeline",
     "Generator": "pipeline",
-    "Request": "batch",
+    "Request": "request",
     "GenerationError": "pipeline",
     "Segment": "prompt",
     "CSM": "model",

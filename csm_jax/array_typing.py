@@ -6,6 +6,7 @@ One letter per axis, everywhere (shapes in annotations, suffixes of locals, eins
     N query heads            K key/value heads      G = N // K             H head dim
     F MLP                    V audio vocabulary     C codebooks            L layers
     W audio samples          I, O the in and out axis of any projection
+    M shared segments        Z positions of one
 
 Annotations are jaxtyping's. They cost nothing in production; the tests run every annotated function
 under jaxtyping's import hook with beartype.

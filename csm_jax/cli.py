@@ -190,9 +190,9 @@ def _outputs(args: argparse.Namespace, count: int) -> list[Path]:
 def _check(args: argparse.Namespace, turns: list[tuple[int, str]]) -> None:
     # Again done by the generator, but only after minutes of loading.
     from csm_jax import hub
-    from csm_jax.batch import Request, row_settings
     from csm_jax.config import read_config
     from csm_jax.prompt import check_max_frames, check_text
+    from csm_jax.request import Request, row_settings
 
     for _, text in turns:
         check_text(text, "the text")

@@ -6,7 +6,7 @@ Arrays are numpy; a codec moves them to its own device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,6 +31,51 @@ class CodecStream(Protocol):
     def __enter__(self) -> CodecStream: ...
 
     def __exit__(self, *exception: object) -> None: ...
+
+
+@runtime_checkable  # the tests check annotations at run time
+class CodecRows(Protocol):
+    """Decodes several utterances side by side, a row each; rows do not disturb each other."""
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        ...
+
+    @property
+    def frames(self) -> int:
+        """Most frames of a row in one call."""
+        ...
+
+    def begin(
+        self, codes: Mapping[int, np.ndarray], fresh: Collection[int]
+    ) -> Callable[[], dict[int, np.ndarray]]:
+        """Starts decoding rows' next frames and returns a function that waits for their audio.
+
+        Args:
+            codes: By row, int [n, C]; other rows stand still.
+            fresh: Rows that begin an utterance with these frames.
+        """
+        ...
+
+
+class StreamRows:
+    """Rows made of a codec's streams, for a codec that cannot decode rows together."""
+
+    def __init__(self, codec: Codec, rows: int, frames: int) -> None:
+        self._codec, self.rows, self.frames = codec, rows, frames
+        self._streams: dict[int, CodecStream] = {}
+
+    def begin(
+        self, codes: Mapping[int, np.ndarray], fresh: Collection[int]
+    ) -> Callable[[], dict[int, np.ndarray]]:
+        """See `CodecRows.begin`."""
+        for row in fresh:
+            if row in self._streams:
+                self._streams[row].close()
+            self._streams[row] = self._codec.open_stream()
+        waits = {row: self._streams[row].begin(part) for row, part in codes.items()}
+        return lambda: {row: wait() for row, wait in waits.items()}
 
 
 @runtime_checkable  # the tests check annotations at run time
@@ -66,6 +111,10 @@ class Codec(Protocol):
 
     def open_stream(self) -> CodecStream:
         """Returns a new stream at the start of an utterance."""
+        ...
+
+    def open_rows(self, rows: int, frames: int) -> CodecRows:
+        """Returns `rows` rows, of which a call decodes up to `frames` frames each."""
         ...
 
 

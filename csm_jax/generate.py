@@ -1,6 +1,7 @@
 """Frames from prompts: prefill, insert, and the jitted scan over frames.
 
     prompts -> prefill -> Prefix -> insert into slots of a DecodeState -> generate_frames (n at a time)
+                              `-> share: a beginning that many rows have in common
 
 A `DecodeState` is a batch of slots. `generate_frames` is one `lax.scan` of n frames over all of them:
 each step draws the C codes that follow every row's hidden state and feeds the frame to the backbone.
@@ -13,6 +14,7 @@ A row ends by Sesame's rule: a frame whose C codes are all 0 ends the audio and 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from enum import IntEnum
@@ -24,7 +26,7 @@ import numpy as np
 from csm_jax import kvcache, sharding
 from csm_jax.array_typing import Array, Bool, DTypeLike, Float, Int, Params, UInt, pytree
 from csm_jax.config import CSMConfig
-from csm_jax.kvcache import KVCache
+from csm_jax.kvcache import KVCache, SharedKV
 from csm_jax.model import CSM, sample_frame
 from csm_jax.sampling import SamplingParams, frame_keys
 
@@ -71,12 +73,14 @@ class RowSettings:
     Attributes:
         key: Raw random keys (`csm_jax.sampling.request_keys`).
         max_frames: Most frames to make.
+        segment: The shared segment that comes before the row (`csm_jax.kvcache.SharedKV`), -1 for none.
         sampling: Settings for code 0.
         decoder_sampling: Settings for codes 1..C-1.
     """
 
     key: UInt[Array, "B 2"]
     max_frames: Int[Array, "B"]
+    segment: Int[Array, "B"]
     sampling: SamplingParams
     decoder_sampling: SamplingParams
 
@@ -121,33 +125,60 @@ def pad_prompts(
         config: Sizes.
 
     Raises:
-        ValueError: A prompt is empty, longer than the backbone holds, has another number of
-            columns, or holds an id its embedding table lacks.
+        ValueError: See `check_prompt`; the message names the row.
+    """
+    for i, (frames, mask) in enumerate(prompts):
+        check_prompt(frames, mask, config=config, name=f"prompt {i}")
+    longest = max(len(frames) for frames, _ in prompts)
+    size = bucket(longest, PREFILL_BUCKETS, limit=config.backbone.max_seq_len)
+    frames, mask = stack_prompts(prompts, size)
+    return jnp.asarray(frames), jnp.asarray(mask)
+
+
+def check_prompt(
+    frames: np.ndarray, mask: np.ndarray, *, config: CSMConfig, name: str = "prompt"
+) -> None:
+    """Checks that a prompt is one the backbone can read.
+
+    Args:
+        frames: Codes and text id per position, [T, C+1].
+        mask: Which columns count, [T, C+1].
+        config: Sizes.
+        name: What errors call it.
+
+    Raises:
+        ValueError: It is empty, longer than the backbone holds, has another number of columns, or
+            holds an id its embedding table lacks.
     """
     columns = config.num_codebooks + 1
     limits = np.array([config.audio_vocab_size] * config.num_codebooks + [config.text_vocab_size])
-    for i, (frames, mask) in enumerate(prompts):
-        if frames.ndim != 2 or frames.shape[1] != columns or frames.shape != mask.shape:
-            raise ValueError(
-                f"prompt {i}: frames {frames.shape} and mask {mask.shape} must both be [T, {columns}]"
-            )
-        if not len(frames):
-            raise ValueError(f"prompt {i} is empty")
-        if not mask.any(axis=1).all():
-            raise ValueError(f"prompt {i} has positions without any column; padding is added here")
-        if np.any((frames < 0) | (frames >= limits)):
-            raise ValueError(
-                f"prompt {i} holds an id out of range: audio codes must be in "
-                f"[0, {config.audio_vocab_size}), text ids in [0, {config.text_vocab_size})"
-            )
-    longest = max(len(frames) for frames, _ in prompts)
-    size = bucket(longest, PREFILL_BUCKETS, limit=config.backbone.max_seq_len)
+    if frames.ndim != 2 or frames.shape[1] != columns or frames.shape != mask.shape:
+        raise ValueError(
+            f"{name}: frames {frames.shape} and mask {mask.shape} must both be [T, {columns}]"
+        )
+    if not len(frames):
+        raise ValueError(f"{name} is empty")
+    if not mask.any(axis=1).all():
+        raise ValueError(f"{name} has positions without any column; padding is added here")
+    if np.any((frames < 0) | (frames >= limits)):
+        raise ValueError(
+            f"{name} holds an id out of range: audio codes must be in "
+            f"[0, {config.audio_vocab_size}), text ids in [0, {config.text_vocab_size})"
+        )
+    bucket(len(frames), (), limit=config.backbone.max_seq_len)
+
+
+def stack_prompts(
+    prompts: Sequence[tuple[np.ndarray, np.ndarray]], size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns prompts padded on the right to `size` positions: int32 [B, T, C+1] and bool likewise."""
+    columns = prompts[0][0].shape[1]
     frames_BTC = np.zeros((len(prompts), size, columns), np.int32)
     mask_BTC = np.zeros((len(prompts), size, columns), bool)
     for i, (frames, mask) in enumerate(prompts):
         frames_BTC[i, : len(frames)] = frames
         mask_BTC[i, : len(mask)] = mask
-    return jnp.asarray(frames_BTC), jnp.asarray(mask_BTC)
+    return frames_BTC, mask_BTC
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -155,6 +186,8 @@ def prefill(
     params: Params,
     frames: Int[Array, "B T C1"],
     mask: Bool[Array, "B T C1"],
+    shared: SharedKV | None = None,
+    segment: Int[Array, "B"] | None = None,
     *,
     config: CSMConfig,
 ) -> Prefix:
@@ -164,11 +197,13 @@ def prefill(
         params: Weights.
         frames: Codes and text id per position.
         mask: Which columns count; a row's length is its number of positions with any.
+        shared: Segments that come before prompts; the result does not repeat them.
+        segment: Each prompt's segment, -1 for none; given with `shared`.
         config: Sizes.
     """
     with jax.named_scope("prefill"):
         model = CSM.bind(config, params)
-        y, (keys, values) = model.backbone.full(model.backbone.embed(frames, mask))
+        y, (keys, values) = model.backbone.full(model.backbone.embed(frames, mask), shared, segment)
         length = mask.any(axis=-1).sum(axis=-1).astype(jnp.int32)
         hidden = jnp.take_along_axis(y, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
         return Prefix(k=keys, v=values, length=length, hidden=hidden)
@@ -201,6 +236,7 @@ def init_state(config: CSMConfig, *, batch: int, capacity: int, dtype: DTypeLike
         settings=RowSettings(
             key=zeros(jnp.uint32, 2),
             max_frames=zeros(jnp.int32),
+            segment=jnp.full((batch,), -1, jnp.int32, out_sharding=rows),
             sampling=sampling(),
             decoder_sampling=sampling(),
         ),
@@ -221,14 +257,14 @@ def insert(
         state: Donated.
         prefix: P prompts.
         settings: What the P requests ask for.
-        slot: Where each goes; no slot twice.
+        slot: Where each goes; no slot twice. A prompt with a slot beyond the batch goes nowhere.
     """
     count = prefix.hidden.shape[0]
     rest = state.cache.capacity - prefix.k[0].shape[2]
 
     def put(into: Array, rows: Array) -> Array:
         spec = jax.typeof(into).sharding if sharding.explicit_mesh() else None
-        return into.at[slot].set(rows.astype(into.dtype), out_sharding=spec)
+        return into.at[slot].set(rows.astype(into.dtype), mode="drop", out_sharding=spec)
 
     def put_cache(into: Array, rows: Array) -> Array:
         # A prompt is padded to a bucket, which may exceed the capacity; its length does not.
@@ -255,12 +291,50 @@ def insert(
     )
 
 
+@functools.partial(jax.jit, donate_argnames=("state",))
+def free(state: DecodeState, rows: Bool[Array, "B"]) -> DecodeState:
+    """Returns the state with these rows' slots empty: they are no longer stepped; `insert` clears them.
+
+    Args:
+        state: Donated.
+        rows: Which.
+    """
+    return dataclasses.replace(state, status=jnp.where(rows, Status.EMPTY, state.status))
+
+
+@functools.partial(jax.jit, donate_argnames=("shared",))
+def share(shared: SharedKV, prefix: Prefix, segment: Int[Array, ""]) -> SharedKV:
+    """Returns the segments with one prompt put in place of segment `segment`, which is overwritten whole.
+
+    Args:
+        shared: Donated.
+        prefix: One prompt, no longer than the segments.
+        segment: Where it goes.
+    """
+    capacity = shared.k[0].shape[2]
+
+    def put(into: Array, row: Array) -> Array:
+        row = row[:, :, :capacity]
+        row = jnp.pad(row, ((0, 0), (0, 0), (0, capacity - row.shape[2]), (0, 0)))
+        # What stands beyond the prompt is padding's own, and no use to anybody.
+        row = jnp.where((jnp.arange(capacity) < prefix.length[0])[:, None], row, 0)
+        spec = jax.typeof(into).sharding if sharding.explicit_mesh() else None
+        return into.at[segment].set(row[0].astype(into.dtype), out_sharding=spec)
+
+    return SharedKV(
+        k=tuple(put(a, b) for a, b in zip(shared.k, prefix.k, strict=True)),
+        v=tuple(put(a, b) for a, b in zip(shared.v, prefix.v, strict=True)),
+        length=shared.length.at[segment].set(prefix.length[0]),
+    )
+
+
 @functools.partial(
     jax.jit, static_argnames=("config", "num_frames", "window", "ranks"), donate_argnames=("state",)
 )
 def generate_frames(
     params: Params,
     state: DecodeState,
+    shared: SharedKV | None = None,
     *,
     config: CSMConfig,
     num_frames: int,
@@ -272,6 +346,7 @@ def generate_frames(
     Args:
         params: Weights.
         state: Donated.
+        shared: The segments that rows' settings name; None where no row has one.
         config: Sizes.
         num_frames: Frames to make; any split of a number of frames gives the same codes.
         window: Cache positions to read; at least the longest running row plus `num_frames`. A
@@ -301,7 +376,9 @@ def generate_frames(
         codes = jnp.where(valid[:, None], codes, 0)
         with jax.named_scope("backbone"):
             x = model.backbone.embed_audio(codes)
-            y, cache = model.backbone.step(x, state.cache, window=window)
+            y, cache = model.backbone.step(
+                x, state.cache, window=window, shared=shared, segment=state.settings.segment
+            )
         frame = state.frame + valid
         status = jnp.where(
             valid & (frame >= state.settings.max_frames), Status.LENGTH, state.status

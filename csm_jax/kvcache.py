@@ -49,6 +49,7 @@ def init(
     dtype: DTypeLike,
     per_row: bool,
     heads: str = "heads",
+    rows: str | None = "batch",
 ) -> KVCache:
     """Returns an empty cache of `batch` rows and `capacity` positions.
 
@@ -59,6 +60,7 @@ def init(
         dtype: Of keys and values.
         per_row: Whether each row has its own length.
         heads: Logical axis name of the key/value heads.
+        rows: Logical axis name of the rows; None keeps all of them on every device.
 
     Raises:
         ValueError: `capacity` exceeds the transformer's `max_seq_len`.
@@ -66,7 +68,7 @@ def init(
     if capacity > config.max_seq_len:
         raise ValueError(f"capacity={capacity} exceeds max_seq_len={config.max_seq_len}")
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-    spec = sharding.spec("batch", heads, None, None)
+    spec = sharding.spec(rows, heads, None, None)
 
     def layers() -> tuple[Array, ...]:
         return tuple(jnp.zeros(shape, dtype, out_sharding=spec) for _ in range(config.num_layers))
@@ -77,6 +79,50 @@ def init(
         else jnp.zeros((), jnp.int32)
     )
     return KVCache(k=layers(), v=layers(), length=length)
+
+
+@pytree
+class SharedKV:
+    """Read-only beginnings of rows: what a voice prompt leaves behind, kept once for all who use it.
+
+    M segments of one size; a segment of length 0 is empty. A row names its segment by its place, -1
+    for none, and its own positions come after the segment's.
+
+    Attributes:
+        k: Per layer, rotated keys; zeros beyond a segment's length.
+        v: Per layer, values likewise.
+        length: Valid positions per segment.
+    """
+
+    k: tuple[Float[Array, "M K Z H"], ...]
+    v: tuple[Float[Array, "M K Z H"], ...]
+    length: Int[Array, "M"]
+
+    def chosen(self, segment: Int[Array, "B"]) -> Bool[Array, "M B"]:
+        """Returns which segment each row uses; a row without one uses none."""
+        return jnp.arange(self.length.shape[0])[:, None] == segment[None]
+
+    def offset(self, segment: Int[Array, "B"]) -> Int[Array, "B"]:
+        """Returns how many positions come before each row's own."""
+        # Not a gather: a row of -1 has no segment to look up.
+        return jnp.where(self.chosen(segment), self.length[:, None], 0).sum(axis=0)
+
+    def mask(self) -> Bool[Array, "M Z"]:
+        """Returns which positions of each segment are valid: every step after them sees them all."""
+        return jnp.arange(self.k[0].shape[2])[None] < self.length[:, None]
+
+
+def init_shared(config: LlamaConfig, *, segments: int, capacity: int, dtype: DTypeLike) -> SharedKV:
+    """Returns `segments` empty segments of `capacity` positions.
+
+    Raises:
+        ValueError: `capacity` exceeds the transformer's `max_seq_len`.
+    """
+    empty = init(config, batch=segments, capacity=capacity, dtype=dtype, per_row=False, rows=None)
+    spec = sharding.spec(None)
+    return SharedKV(
+        k=empty.k, v=empty.v, length=jnp.zeros((segments,), jnp.int32, out_sharding=spec)
+    )
 
 
 def append(

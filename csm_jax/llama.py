@@ -16,6 +16,8 @@ Norms, rotation, softmax and logits are float32 in every precision
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,7 @@ from flax import nnx
 from csm_jax import kvcache, sharding
 from csm_jax.array_typing import Array, Bool, Float, Int
 from csm_jax.config import LlamaConfig
-from csm_jax.kvcache import KVCache
+from csm_jax.kvcache import KVCache, SharedKV
 from csm_jax.linear import project
 
 
@@ -112,6 +114,74 @@ def attend(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v, precision=precision)
+
+
+def attend_shared(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Bool[Array, "#B T S"],
+    shared_k: Float[Array, "M K Z H"],
+    shared_v: Float[Array, "M K Z H"],
+    shared_mask: Bool[Array, "M Z"],
+    chosen: Bool[Array, "M B"],
+) -> Float[Array, "B T K G H"]:
+    """Returns attention over a row's own positions and those of the segment it has chosen.
+
+    Both parts are computed apart, as sums not yet divided and their largest score, and merged by their
+    log-sum-exp. Every row is scored against every segment, which is then read once for all rows: with
+    few segments that is cheaper than a copy of its segment for each row.
+
+    Args:
+        q: Rotated queries.
+        k: The rows' own keys.
+        v: The rows' own values.
+        mask: Which of them each step may attend to.
+        shared_k: Keys of M segments of Z positions (`csm_jax.kvcache.SharedKV`).
+        shared_v: Their values.
+        shared_mask: Which of them are valid.
+        chosen: Each row's segment, if any.
+    """
+    own_best, own_mass, own = _partial_attention(
+        q, k, v, mask[:, None, None], "BTKGH,BKSH->BKGTS", "BKGTS,BKSH->BKGTH"
+    )
+    every = _partial_attention(
+        q,
+        shared_k,
+        shared_v,
+        shared_mask[:, None, None, None, None],
+        "BTKGH,MKSH->MBKGTS",
+        "MBKGTS,MKSH->MBKGTH",
+    )
+    # One summand at most is not zero, so the sum is exact, and a segment's NaN stays in its own rows.
+    row = chosen[:, :, None, None, None, None]
+    best, mass, heads = (jnp.where(row, part, 0.0).sum(axis=0) for part in every)
+    best = jnp.where(chosen.any(axis=0)[:, None, None, None, None], best, -jnp.inf)
+    most = jnp.maximum(own_best, best)
+    own_share, share = jnp.exp(own_best - most), jnp.exp(best - most)
+    merged = (own * own_share + heads * share) / (own_mass * own_share + mass * share)
+    return jnp.transpose(merged, (0, 3, 1, 2, 4)).astype(v.dtype)
+
+
+def _partial_attention(
+    q: Array, k: Array, v: Array, mask: Array, scores_axes: str, heads_axes: str
+) -> tuple[Array, Array, Array]:
+    """Returns the largest score, the sum of exp(score - largest), and that sum weighted by values."""
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    scores = jnp.einsum(
+        scores_axes, q, k, precision=precision, preferred_element_type=jnp.float32
+    ) * (q.shape[-1] ** -0.5)
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    best = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - best)
+    heads = jnp.einsum(
+        heads_axes,
+        weights.astype(v.dtype),
+        v,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return best, weights.sum(axis=-1, keepdims=True), heads
 
 
 class Attention(nnx.Module):
@@ -205,29 +275,44 @@ class Stack(nnx.Module):
         return [self.layers[str(i)] for i in range(self.config.num_layers)]
 
     def full(
-        self, x: Float[Array, "B T D"]
+        self,
+        x: Float[Array, "B T D"],
+        shared: SharedKV | None = None,
+        segment: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[tuple[Array, ...], tuple[Array, ...]]]:
         """Returns the normed outputs of whole rows, and every layer's keys and values.
 
-        Causal, positions 0..T-1. Rows are padded on the right, so padding is never attended to by
-        a real position.
+        Causal, positions 0..T-1, or those after the segment. Rows are padded on the right, so padding
+        is never attended to by a real position.
+
+        Args:
+            x: Inputs.
+            shared: Segments that come before rows.
+            segment: Each row's segment, -1 for none; given with `shared`.
 
         Returns:
             The outputs `[B, T, D]`, and (keys, values), each a tuple of `[B, K, T, H]` per layer.
         """
         steps = jnp.arange(x.shape[1])
         causal = (steps[None, :] <= steps[:, None])[None]
+        positions, attention = _after(shared, segment, steps[None])
         keys, values = [], []
-        for block in self.blocks():
-            q, k, v = block.qkv(x, steps[None])
-            x = block.rest(x, attend(q, k, v, causal))
+        for i, block in enumerate(self.blocks()):
+            q, k, v = block.qkv(x, positions)
+            x = block.rest(x, attention(i, q, k, v, causal))
             keys.append(k)
             values.append(v)
         y = rms_norm(x, self.final_norm[...], eps=self.config.norm_eps)
         return y, (tuple(keys), tuple(values))
 
     def step(
-        self, x: Float[Array, "B T D"], cache: KVCache, *, window: int
+        self,
+        x: Float[Array, "B T D"],
+        cache: KVCache,
+        *,
+        window: int,
+        shared: SharedKV | None = None,
+        segment: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Returns the normed outputs of the next `T` positions, and the cache holding them.
 
@@ -237,12 +322,32 @@ class Stack(nnx.Module):
             x: Inputs at positions length..length+T-1 of each row.
             cache: Keys and values so far.
             window: Static number of leading positions to read; at least the longest row + T.
+            shared: Segments that come before rows.
+            segment: Each row's segment, -1 for none; given with `shared`.
         """
-        positions = jnp.atleast_1d(cache.length)[:, None] + jnp.arange(x.shape[1])[None]
+        positions, attention = _after(
+            shared,
+            segment,
+            jnp.atleast_1d(cache.length)[:, None] + jnp.arange(x.shape[1])[None],
+        )
         mask = kvcache.mask(cache, num_steps=x.shape[1], window=window)
         for i, block in enumerate(self.blocks()):
             q, k, v = block.qkv(x, positions)
             cache = kvcache.append(cache, i, k, v)
-            heads = attend(q, cache.k[i][:, :, :window], cache.v[i][:, :, :window], mask)
+            heads = attention(i, q, cache.k[i][:, :, :window], cache.v[i][:, :, :window], mask)
             x = block.rest(x, heads)
         return rms_norm(x, self.final_norm[...], eps=self.config.norm_eps), cache
+
+
+def _after(
+    shared: SharedKV | None, segment: Array | None, positions: Array
+) -> tuple[Array, Callable[[int, Array, Array, Array, Array], Array]]:
+    """Returns the positions of steps that come after the rows' segments, and how layer i attends."""
+    if shared is None or segment is None:
+        return positions, lambda i, q, k, v, mask: attend(q, k, v, mask)
+    chosen, shared_mask = shared.chosen(segment), shared.mask()
+
+    def attention(i: int, q: Array, k: Array, v: Array, mask: Array) -> Array:
+        return attend_shared(q, k, v, mask, shared.k[i], shared.v[i], shared_mask, chosen)
+
+    return shared.offset(segment)[:, None] + positions, attention

@@ -11,62 +11,41 @@ import dataclasses
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
 
 from csm_jax import config as csm_config
-from csm_jax.batch import Progress, Request, Speech, StaticBatch, as_requests, row_settings
+from csm_jax import sharding
 from csm_jax.config import CSMConfig, Dtype
-from csm_jax.generate import Status
-from csm_jax.prompt import EncodeCache, Prompt, Segment, TextTokenizer, build_prompt
+from csm_jax.engine import Job
+from csm_jax.generate import WINDOW_BUCKETS, bucket
+from csm_jax.jobs import JobMaker
+from csm_jax.prompt import Segment, TextTokenizer
+from csm_jax.request import Request, as_requests
+from csm_jax.slots import Programs, SlotSizes
+from csm_jax.synthesizer import (
+    Result,
+    SynthesisError,
+    Synthesizer,
+    SynthesizerSettings,
+    default_settings,
+)
 from csm_jax.watermark_key import DEFAULT_KEY, check_key
 
 if TYPE_CHECKING:
     from csm_jax.array_typing import Params
     from csm_jax.codec import Codec
     from csm_jax.hub import ModelFiles
+    from csm_jax.watermark.protocol import Watermarker
 
 logger = logging.getLogger(__name__)
 
-
-@runtime_checkable  # the tests check annotations at run time
-class Watermarker(Protocol):
-    """What puts the watermark in and finds it; `csm_jax.watermark.Watermarker` is one."""
-
-    def embed_batch(
-        self, audios: Sequence[np.ndarray], sample_rate: int, key: Sequence[int]
-    ) -> list[np.ndarray]:
-        """Returns each audio marked, same length and rate, as if it were alone."""
-        ...
-
-    def open_stream(self, sample_rate: int, key: Sequence[int]) -> WatermarkStream:
-        """Returns a marker of audio that arrives in pieces."""
-        ...
-
-    def verify(self, audio: np.ndarray, sample_rate: int, key: Sequence[int]) -> bool:
-        """Returns whether the audio carries this key."""
-        ...
-
-    def detect(self, audio: np.ndarray, sample_rate: int) -> tuple[int, ...] | None:
-        """Returns the key in the audio, or None where no mark is read."""
-        ...
-
-
-@runtime_checkable  # the tests check annotations at run time
-class WatermarkStream(Protocol):
-    """Marks audio piece by piece; holds some back until its window is complete."""
-
-    def push(self, audio: np.ndarray) -> np.ndarray:
-        """Returns the marked audio that is ready, after taking one more piece."""
-        ...
-
-    def flush(self) -> np.ndarray:
-        """Returns the rest."""
-        ...
+Progress = Callable[[int, int], None]
+"""Called after every chunk with the frames made so far and the most there can be."""
 
 
 Implementation = Literal["jax", "torch"]
@@ -116,8 +95,9 @@ class Generator:
         self.codec = codec
         self.watermarker = watermarker
         self.watermark_key = check_key(watermark_key)
-        self._encoder = EncodeCache(codec)
         self.sample_rate = codec.sample_rate
+        self._jobs = JobMaker(config, tokenizer, codec)
+        self._programs: dict[tuple[SlotSizes, jax.sharding.Mesh | None], Programs] = {}
 
     def generate(
         self,
@@ -178,18 +158,14 @@ class Generator:
             TypeError: An item is not a `Request`.
             GenerationError: Scores of some requests were not finite; it holds the others' audio.
         """
-        requests = as_requests(requests)
-        speeches = self.generate_codes(requests, batch_size=batch_size, on_progress=on_progress)
-        audios = self._decode_all(speeches)
+        results = self._run(as_requests(requests), batch_size, on_progress, decode=True)
+        audios = [result.audio for result in results]
         finished = [audio for audio in audios if audio is not None]
         if len(finished) == len(audios):
             return finished
         failed = [i for i, audio in enumerate(audios) if audio is None]
         raise GenerationError(
-            f"the model's scores were not finite for requests {failed} (first at frame "
-            f"{len(speeches[failed[0]].codes)}): check the weights, or use float32",
-            audios,
-            failed,
+            f"requests {failed} failed; the first: {results[failed[0]].error}", audios, failed
         )
 
     def generate_codes(
@@ -198,28 +174,87 @@ class Generator:
         *,
         batch_size: int = 32,
         on_progress: Progress | None = None,
-    ) -> list[Speech]:
+    ) -> list[Result]:
         """Returns the codes of each request and why it ended, without decoding to audio.
 
         Raises:
             TypeError, ValueError: Bad input in any request, before anything is generated.
         """
-        requests = as_requests(requests)
+        return self._run(as_requests(requests), batch_size, on_progress, decode=False)
+
+    def _run(
+        self,
+        requests: Sequence[Request],
+        batch_size: int,
+        on_progress: Progress | None,
+        *,
+        decode: bool,
+    ) -> list[Result]:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        prompts = [self._prompt(request) for request in requests]
-        speeches: list[Speech] = []
-        for start in range(0, len(requests), batch_size):
-            group = slice(start, start + batch_size)
-            batch = StaticBatch(
-                self.config,
-                self.params,
-                requests[group],
-                prompts[group],
-                rows=min(batch_size, len(requests)),
-            )
-            speeches += batch.speeches(on_progress)
-        return speeches
+        if not requests:
+            return []
+        jobs = self._prepare(requests)
+        synthesizer = self._synthesizer(jobs, slots=min(batch_size, len(requests)))
+        for i, job in enumerate(jobs):
+            synthesizer.submit(job, id=i, decode=decode)
+        most = max(request.max_frames for request in requests)
+        results: dict[Hashable, Result] = {}
+        while synthesizer.busy:
+            results |= {o.id: o for o in synthesizer.pump() if isinstance(o, Result)}
+            if on_progress is not None:
+                on_progress(synthesizer.longest, most)
+        return [results[i] for i in range(len(requests))]
+
+    def _prepare(self, requests: Sequence[Request]) -> list[Job]:
+        # A voice is part of each prompt here: what many requests share is worth keeping only for as
+        # long as a synthesizer lives.
+        return [self._jobs.job(request, segment_capacity=0) for request in requests]
+
+    def _synthesizer(
+        self, jobs: Sequence[Job], *, slots: int, chunk_frames: int | None = None
+    ) -> Synthesizer:
+        """Returns a synthesizer for these jobs, on the mesh that is set, if one is."""
+        multiple = sharding.batch_multiple()
+        longest = max(len(job.prompt[0]) + job.request.max_frames for job in jobs)
+        settings = default_settings(
+            self.config,
+            slots=-(-slots // multiple) * multiple,
+            capacity=bucket(longest, WINDOW_BUCKETS, limit=self.config.backbone.max_seq_len),
+            chunk_frames=chunk_frames,
+            voice_bytes=0,
+        )
+        settings = dataclasses.replace(
+            settings,
+            codec_rows=min(settings.codec_rows, settings.slots),
+            look_ahead=settings.look_ahead and len(jobs) > 1,
+            stop_repetition=False,
+        )
+        return self.synthesizer(settings)
+
+    def synthesizer(self, settings: SynthesizerSettings) -> Synthesizer:
+        """Returns a `Synthesizer` of this generator's parts, for any number of requests.
+
+        It works on the mesh that is set now (`jax.set_mesh`), if one is; the generator's `params` must
+        be on it.
+
+        Args:
+            settings: For example `csm_jax.synthesizer.default_settings(generator.config, slots=32)`.
+
+        Raises:
+            ValueError: The settings do not fit the model or the mesh.
+        """
+        mesh = sharding.current_mesh()
+        return Synthesizer(
+            jobs=self._jobs,
+            params=self.params,
+            codec=self.codec,
+            watermarker=self.watermarker,
+            watermark_key=self.watermark_key,
+            settings=settings,
+            mesh=mesh,
+            programs=self._programs.setdefault((settings.sizes, mesh), {}),
+        )
 
     def stream(
         self,
@@ -263,61 +298,15 @@ class Generator:
             temperature=temperature,
             topk=topk,
         )
-        batch = StaticBatch(self.config, self.params, [request], [self._prompt(request)], rows=1)
-        return self._stream(batch, chunk_frames)
+        [job] = self._prepare([request])
+        synthesizer = self._synthesizer([job], slots=1, chunk_frames=chunk_frames)
+        return self._stream(synthesizer, job)
 
-    def _stream(self, batch: StaticBatch, chunk_frames: int) -> Iterator[np.ndarray]:
-        marker = (
-            self.watermarker.open_stream(self.sample_rate, self.watermark_key)
-            if self.watermarker is not None
-            else None
-        )
-        failed = False
-        with self.codec.open_stream() as decoder:
-            decoded: Callable[[], np.ndarray] | None = None
-            for chunk in batch.run(chunk_frames, None):
-                # The audio of the chunk before is fetched while the devices make this one.
-                if decoded is not None:
-                    audio = decoded() if marker is None else marker.push(decoded())
-                    if len(audio):
-                        yield audio
-                codes, valid, status = chunk.wait()
-                decoded = decoder.begin(codes[0, valid[0]])
-                failed = status[0] == Status.ERROR
-            rest = [] if decoded is None else [decoded()]
-        if marker is not None:
-            rest = [*map(marker.push, rest), marker.flush()]
-        yield from (audio for audio in rest if len(audio))
-        if failed:
-            raise GenerationError(
-                "the model's scores were not finite: check the weights, or use float32", [None], [0]
-            )
-
-    def _decode_all(self, speeches: Sequence[Speech]) -> list[np.ndarray | None]:
-        kept = [i for i, speech in enumerate(speeches) if speech.finish_reason != "error"]
-        audios: list[np.ndarray | None] = [None] * len(speeches)
-        for i in kept:
-            audios[i] = np.zeros(0, np.float32)
-        spoken = [i for i in kept if len(speeches[i].codes)]
-        decoded = self.codec.decode_batch([speeches[i].codes for i in spoken]) if spoken else []
-        if self.watermarker is not None:
-            decoded = self.watermarker.embed_batch(decoded, self.sample_rate, self.watermark_key)
-        for i, audio in zip(spoken, decoded, strict=True):
-            audios[i] = audio
-        return audios
-
-    def _prompt(self, request: Request) -> Prompt:
-        row_settings([request])  # bad settings are an error before any work
-        return build_prompt(
-            self.tokenizer,
-            self._encoder,
-            context=request.context,
-            text=request.text,
-            speaker=request.speaker,
-            config=self.config,
-            max_frames=request.max_frames,
-            truncate_context=request.truncate_context,
-        )
+    def _stream(self, synthesizer: Synthesizer, job: Job) -> Iterator[np.ndarray]:
+        try:
+            yield from synthesizer.stream(job)
+        except SynthesisError as error:
+            raise GenerationError(str(error), [None], [0]) from error
 
 
 def _request(options: Mapping[str, Any], **given: Any) -> Request:

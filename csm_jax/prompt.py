@@ -374,6 +374,7 @@ def build_prompt(
     config: CSMConfig,
     max_frames: int,
     truncate_context: bool,
+    before: int = 0,
 ) -> Prompt:
     """Returns the prompt for `text` spoken by `speaker` after `context`.
 
@@ -390,6 +391,7 @@ def build_prompt(
         config: The model's sizes.
         max_frames: The most frames that will be generated.
         truncate_context: Whether to leave out whole segments, oldest first, where they do not fit.
+        before: Positions that a voice takes before all of it.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -412,13 +414,13 @@ def build_prompt(
         audios.append((samples, rate))
         lengths.append(len(texts[-1][0]) + length)
 
-    limit, dropped = max_seq_len - max_frames, 0
+    limit, dropped = max_seq_len - max_frames - before, 0
     positions = sum(lengths) + len(turn[0])
     while truncate_context and positions >= limit and dropped < len(lengths):
         positions -= lengths[dropped]
         dropped += 1
     if positions >= limit:
-        raise ValueError(_too_long(positions, len(turn[0]), max_frames, max_seq_len))
+        raise ValueError(_too_long(positions, len(turn[0]), max_frames, max_seq_len, before))
     if dropped:
         logger.info("left out the oldest %d of %d context turns to fit", dropped, len(lengths))
 
@@ -436,20 +438,21 @@ def build_prompt(
     return Prompt(frames, np.concatenate([mask for _, mask in parts]), dropped)
 
 
-def _too_long(positions: int, own: int, max_frames: int, max_seq_len: int) -> str:
+def _too_long(positions: int, own: int, max_frames: int, max_seq_len: int, voice: int) -> str:
     # In the caller's words: a position is a text token or 80 ms of audio, asked for or in the context.
     message = (
         f"the text ({own:,} positions) and the context ({positions - own:,}) do not fit beside "
         f"max_audio_length_ms={max_frames * FRAME_MS:,} ({max_frames:,}): the model holds "
-        f"{max_seq_len=:,} positions"
+        f"{max_seq_len=:,} positions{f', of which the voice takes {voice:,}' if voice else ''}"
     )
-    excess = positions - (max_seq_len - max_frames) + 1
+    room = max_seq_len - voice
+    excess = positions - (room - max_frames) + 1
     remedies = []
     if positions - own >= excess:
         remedies.append(f"drop {excess:,} positions of context (truncate_context drops the oldest)")
-    elif own < max_seq_len - 1:
+    elif own < room - 1:
         remedies.append("shorten the text")
-    if positions < max_seq_len - 1:
-        most = (max_seq_len - 1 - positions) * FRAME_MS
+    if positions < room - 1:
+        most = (room - 1 - positions) * FRAME_MS
         remedies.append(f"lower max_audio_length_ms to at most {most:,}")
     return f"{message}; {' or '.join(remedies) or 'say it in several turns'}"

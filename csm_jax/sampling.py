@@ -143,6 +143,14 @@ def ranks_needed(top_k: Sequence[int], top_p: Sequence[float], *, codebook_size:
 _FEW_RANKS = 64
 
 
+def rank_sizes(*, codebook_size: int) -> tuple[int, ...]:
+    """Returns the static `ranks` that a batch needs whose rows may change, smallest first.
+
+    Rows that filter nothing get the same codes from any of them.
+    """
+    return (_FEW_RANKS, codebook_size) if codebook_size > _FEW_RANKS else (codebook_size,)
+
+
 def filter_logits(
     logits: Float[Array, "B V"], params: SamplingParams, *, codebook_size: int, ranks: int
 ) -> Float[Array, "B V"]:

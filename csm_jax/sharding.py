@@ -11,9 +11,13 @@ runs on one device or is partitioned by the compiler.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -40,6 +44,20 @@ def explicit_mesh() -> bool:
     return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
+def current_mesh() -> Mesh | None:
+    """Returns the mesh of explicit axes that is set, or None; outside jitted functions."""
+    return jax.sharding.get_mesh() if explicit_mesh() else None
+
+
+def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context with `mesh` set, or with nothing changed for None.
+
+    A mesh is set for one thread and one stretch of code; what is to work on it later keeps it and
+    comes back with this.
+    """
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
 def batch_multiple() -> int:
     """Returns what a batch must be a multiple of to be split over the mesh that is set."""
     if not explicit_mesh():
@@ -53,6 +71,25 @@ def split_batch(x: Array) -> Array:
         return x
     partition = spec("batch", *[None] * (x.ndim - 1))
     return x if partition is None else jax.sharding.reshard(x, partition)
+
+
+def whole(x: Array) -> Array:
+    """Returns `x` with all of it on every device of the mesh that is set; inside a jitted function."""
+    return jax.sharding.reshard(x, P()) if explicit_mesh() else x
+
+
+def replicate(x: Any) -> Array:
+    """Returns host data as a device array, all of it on every device of the mesh that is set.
+
+    Processes that share a mesh must all call it with the same data.
+    """
+    if not explicit_mesh():
+        return jnp.asarray(x)
+    placement = NamedSharding(jax.sharding.get_mesh(), P())
+    if jax.process_count() == 1:
+        return jax.device_put(x, placement)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, placement, lambda index: x[index])
 
 
 def spec(*axes: str | None) -> P | None:

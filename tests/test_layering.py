@@ -15,7 +15,7 @@ PACKAGE = "csm_jax"
 ROWS: tuple[tuple[str, ...], ...] = (
     ("array_typing",),
     ("config",),
-    ("sharding", "sampling", "audio", "codec", "watermark_key"),
+    ("sharding", "sampling", "audio", "codec", "watermark_key", "runaway", "text"),
     ("kvcache", "linear"),
     # Mimi's files are no part of it: their names and forms are `weights.mimi` and `mimi_tables`, with
     # those of CSM's, whose readers and checks they share.
@@ -25,10 +25,14 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("generate", "prompt", "weights", "hub"),
     # A watermark is its files as much as its networks, so it stands below the weights, and below it
     # the bridge, which lends it (and the codec) networks of torch.
-    ("batch", "watermark"),
-    ("bridge",),
-    ("pipeline",),
-    ("dialogue", "doctor", "interrupt", "cli_arguments"),
+    ("slots", "stages", "voices", "watermark"),
+    ("request", "bridge"),
+    ("engine",),
+    ("jobs",),
+    ("synthesizer",),
+    ("pipeline", "corpus"),
+    ("dialogue", "doctor", "interrupt", "voices_cli"),
+    ("cli_arguments",),
     ("cli",),
     ("__init__", "__main__"),  # the table of contents, and the command
 )
@@ -55,6 +59,7 @@ WITHOUT_JAX = (
     "doctor",
     "dialogue",
     "interrupt",
+    "voices_cli",
     "config",
     "watermark_key",
 )

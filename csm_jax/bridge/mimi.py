@@ -20,7 +20,7 @@ import numpy as np
 
 from csm_jax.audio import check_audio
 from csm_jax.bridge import missing_dependency
-from csm_jax.codec import check_codes
+from csm_jax.codec import StreamRows, check_codes
 
 try:
     import torch
@@ -162,6 +162,10 @@ class TorchMimi:
     def open_stream(self) -> MimiStream:
         """Returns a decoder for one utterance in pieces; streams do not disturb each other."""
         return MimiStream(self)
+
+    def open_rows(self, rows: int, frames: int) -> StreamRows:
+        """Returns `rows` streams that are driven together."""
+        return StreamRows(self, rows, frames)
 
     def _check_codes(self, codes: np.ndarray) -> np.ndarray:
         return check_codes(

@@ -6,8 +6,9 @@ so that no length compiles a program of its own and memory does not grow with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -109,6 +110,10 @@ class JaxMimi:
         """Returns a decoder for one utterance in pieces; streams do not disturb each other."""
         return MimiStream(self)
 
+    def open_rows(self, rows: int, frames: int) -> MimiRows:
+        """Returns rows that decode side by side, always with one program."""
+        return MimiRows(self, rows, frames)
+
     def _check_codes(self, codes: np.ndarray) -> np.ndarray:
         return check_codes(
             codes, num_codebooks=self.num_codebooks, codebook_size=self.codebook_size
@@ -133,6 +138,73 @@ class JaxMimi:
             )
             pieces.append(codes)
         return _joined(rows, pieces)
+
+
+class MimiRows:
+    """Several utterances decoded side by side, a row each, piece by piece.
+
+    Every call runs the same program, whatever rows it is for, so a row's samples depend on its own
+    codes and on how they were cut into pieces, and on nothing else.
+    """
+
+    def __init__(self, codec: JaxMimi, rows: int, frames: int) -> None:
+        """Makes idle rows, on the mesh that is set, if one is.
+
+        Args:
+            codec: Whose weights to use.
+            rows: How many; on a mesh best a multiple of its data axis.
+            frames: Most frames of a row in one call.
+        """
+        self.rows, self.frames = rows, frames
+        self._codec = codec
+        self._mesh = sharding.current_mesh()
+        # Copied to the mesh once, not at every call.
+        self._params = codec._params
+        if self._mesh is not None:
+            self._params = jax.tree.map(sharding.replicate, codec._params)
+        self._state = model.init_decode_state(codec.config, batch=rows)
+
+    def begin(
+        self, codes: Mapping[int, np.ndarray], fresh: Collection[int]
+    ) -> Callable[[], dict[int, np.ndarray]]:
+        """Starts decoding rows' next frames and returns a function that waits for their audio.
+
+        Args:
+            codes: By row, int [n, C], n up to `frames`; other rows stand still.
+            fresh: Rows that begin an utterance with these frames.
+
+        Raises:
+            TypeError, ValueError: Bad codes, see `csm_jax.codec.check_codes`; nothing is decoded.
+        """
+        codec = self._codec
+        piece = np.zeros((self.rows, self.frames, codec.num_codebooks), np.int32)
+        counts = np.zeros(self.rows, np.int32)
+        for row, part in codes.items():
+            piece[row, : len(part)] = codec._check_codes(part)
+            counts[row] = len(part)
+        chosen = np.zeros(self.rows, bool)
+        chosen[list(fresh)] = True
+        with sharding.on(self._mesh):
+            if fresh:
+                self._state = _reset(self._state, _split(chosen))
+            audio, self._state = model.decode_frames(
+                self._params, self._state, _split(piece), _split(counts), config=codec.config
+            )
+        size = codec.config.samples_per_frame
+        lengths = {row: len(part) * size for row, part in codes.items()}
+
+        def wait() -> dict[int, np.ndarray]:
+            samples = np.asarray(audio)
+            return {row: samples[row, :length].copy() for row, length in lengths.items()}
+
+        return wait
+
+
+_reset = jax.jit(model.reset, donate_argnums=0)
+
+
+def _split(x: np.ndarray) -> Array:
+    return sharding.split_batch(jnp.asarray(x))
 
 
 class MimiStream:

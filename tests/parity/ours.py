@@ -165,6 +165,7 @@ class Ours:
             settings = generation.RowSettings(
                 key=request_keys([seed] * rows),
                 max_frames=jnp.full((rows,), num_frames, jnp.int32),
+                segment=jnp.full((rows,), -1, jnp.int32),
                 sampling=sampling[0],
                 decoder_sampling=sampling[1],
             )

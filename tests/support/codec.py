@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from csm_jax.codec import StreamRows
 from csm_jax.config import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 
@@ -34,6 +35,9 @@ class PlainCodec:
 
     def open_stream(self) -> PlainCodec:
         return self
+
+    def open_rows(self, rows: int, frames: int) -> StreamRows:
+        return StreamRows(self, rows, frames)
 
     def close(self) -> None: ...
 

@@ -74,6 +74,7 @@ def settings(
     return RowSettings(
         key=request_keys(seeds),
         max_frames=jnp.asarray(np.array(caps, np.int32)),
+        segment=jnp.full((rows,), -1, jnp.int32),
         sampling=sampling(rows, **changes),
         decoder_sampling=sampling(rows, **changes),
     )

@@ -21,7 +21,7 @@ from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
 
 from csm_jax.array_typing import Params
-from csm_jax.generate import generate_frames
+from csm_jax.config import CSMConfig
 from csm_jax.model import param_shardings
 from csm_jax.pipeline import (
     GenerationError,
@@ -32,6 +32,7 @@ from csm_jax.pipeline import (
     load_csm_1b,
 )
 from csm_jax.prompt import TextTokenizer
+from csm_jax.slots import Slots
 from csm_jax.weights.mimi import load_mimi, save_mimi
 from tests.support.codec import PlainCodec
 from tests.support.model import params_of, short_config
@@ -78,9 +79,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
     return TextTokenizer.from_file(path)
 
 
-def make(tokenizer: TextTokenizer, params: Params, *, marked: bool = False) -> Generator:
+def make(
+    tokenizer: TextTokenizer,
+    params: Params,
+    *,
+    marked: bool = False,
+    config: CSMConfig = CONFIG,
+) -> Generator:
     return Generator(
-        config=CONFIG,
+        config=config,
         params=params,
         tokenizer=tokenizer,
         codec=PlainCodec(num_codebooks=CONFIG.num_codebooks, codebook_size=CONFIG.codebook_size),
@@ -130,9 +137,9 @@ def test_a_stream_is_the_whole_piece_by_piece(tokenizer: TextTokenizer) -> None:
 
 def test_a_cap_that_is_no_multiple_of_the_chunk_compiles_nothing_new(generator: Generator) -> None:
     list(generator.stream("Hello.", 0, max_audio_length_ms=480, chunk_frames=3))
-    before = generate_frames._cache_size()  # pyright: ignore
+    before = {key: len(programs) for key, programs in generator._programs.items()}
     list(generator.stream("Hello.", 0, max_audio_length_ms=800, chunk_frames=3))
-    assert generate_frames._cache_size() == before  # pyright: ignore
+    assert {key: len(programs) for key, programs in generator._programs.items()} == before
 
 
 def silent(params: Params) -> Params:
@@ -189,8 +196,7 @@ def test_a_prompt_that_just_fits_runs_to_its_cap_and_one_more_does_not(
     small = dataclasses.replace(
         CONFIG, backbone=dataclasses.replace(CONFIG.backbone, max_seq_len=64)
     )
-    generator = make(tokenizer, params_of(CONFIG))
-    generator.config = small
+    generator = make(tokenizer, params_of(CONFIG), config=small)
     length = len(tokenizer.encode("[0]a"))
     most = 64 - length - 1
     [speech] = generator.generate_codes(
@@ -314,9 +320,10 @@ def test_audio_is_fetched_while_the_next_chunk_is_made(
 
     def watched(*args: Any, **options: Any) -> Any:
         seen.append("make")
-        return generate_frames(*args, **options)
+        return advance(*args, **options)
 
-    monkeypatch.setattr("csm_jax.batch.generate_frames", watched)
+    advance = Slots.advance
+    monkeypatch.setattr("csm_jax.slots.Slots.advance", watched)
     generator = make(tokenizer, params_of(CONFIG))
     generator.codec = Watched(
         num_codebooks=CONFIG.num_codebooks, codebook_size=CONFIG.codebook_size
@@ -324,7 +331,7 @@ def test_audio_is_fetched_while_the_next_chunk_is_made(
     pieces = list(generator.stream("Hello.", 0, max_audio_length_ms=480, chunk_frames=2))
     assert [len(piece) for piece in pieces] == [2 * SAMPLES] * 3
     # Nothing is made in vain: three chunks for six frames.
-    assert seen == ["make", "begin", "make", "fetch", "begin", "make", "fetch", "begin", "fetch"]
+    assert seen == ["make", "make", "begin", "fetch", "make", "begin", "fetch", "begin", "fetch"]
 
 
 # --- from a directory -------------------------------------------------------------------------

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csm_jax.batch import Request, as_requests, row_settings
 from csm_jax.pipeline import Generator
 from csm_jax.prompt import Segment
+from csm_jax.request import Request, as_requests, row_settings
+from csm_jax.runaway import frame_cap
 from tests.support.model import short_config
 
 SEGMENT = Segment(speaker=0, text="Before.", audio=np.ones(1920, np.float32) / 2)
@@ -39,7 +40,7 @@ def make(**fields: Any) -> Request:
         ({"context": "hello"}, "context must be a list of Segments, got str 'hello'"),
         ({"context": [SEGMENT, 3]}, r"context\[1\] must be a Segment, got int 3"),
         ({"max_audio_length_ms": "abc"}, "max_audio_length_ms must be a number, got str 'abc'"),
-        ({"max_audio_length_ms": None}, "max_audio_length_ms must be a number, got None"),
+        ({"voice": "alice"}, "voice must be a Voice, got str 'alice'"),
         ({"temperature": "0.9"}, "temperature must be a number, got str '0.9'"),
         ({"temperature": np.ones(3)}, "temperature must be a number, got ndarray"),
         ({"topk": None}, "topk must be a number, got None"),
@@ -88,7 +89,7 @@ def test_the_decoders_settings_are_named() -> None:
     ):
         request = make(**{name: value})
         with pytest.raises(ValueError, match=said):
-            row_settings([request])
+            row_settings([request], segments=[-1])
 
 
 def test_requests_are_a_list_of_requests() -> None:
@@ -111,12 +112,9 @@ def test_generate_batch_takes_any_iterable() -> None:
         def __init__(self) -> None:
             self.config = short_config()
 
-        def generate_codes(self, requests: Any, **options: Any) -> Any:
+        def _run(self, requests: Any, *rest: Any, **options: Any) -> Any:
             assert isinstance(requests, list)
             self.seen = requests
-            return []
-
-        def _decode_all(self, speeches: Any) -> Any:
             return []
 
     generator, request = Counting(), Request(text="Hi.", speaker=0)
@@ -124,3 +122,8 @@ def test_generate_batch_takes_any_iterable() -> None:
     assert generator.seen == [request, request]
     with pytest.raises(TypeError, match=r"requests\[0\] must be a Request, got str 'Hi\.'"):
         generator.generate_batch(iter(["Hi."]))  # pyright: ignore
+
+
+def test_without_a_length_the_text_gives_the_cap() -> None:
+    assert Request(text="Hello.", speaker=0).max_frames == frame_cap("Hello.")
+    assert Request(text="Hello.", speaker=0, max_audio_length_ms=800).max_frames == 10
