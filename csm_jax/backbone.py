@@ -26,16 +26,16 @@ class Backbone(Stack):
     """Embedding sum, Llama stack and the head of codebook 0."""
 
     def __init__(self, config: CSMConfig):
-        super().__init__(config.backbone, heads_axis="heads")
+        super().__init__(config.backbone, heads_axis="heads", mlp_axis="mlp")
         dim = config.backbone.embed_dim
         self.num_codebooks = config.num_codebooks
         self.audio_vocab_size = config.audio_vocab_size
         rows = config.num_codebooks * config.audio_vocab_size
         self.text_embeddings = parameter(
-            (config.text_vocab_size, dim), ("vocab", "embed"), scale=dim**-0.5
+            (config.text_vocab_size, dim), ("text_vocab", "embed"), scale=dim**-0.5
         )
-        self.audio_embeddings = parameter((rows, dim), ("vocab", "embed"), scale=dim**-0.5)
-        self.codebook0_head = linear(config.audio_vocab_size, dim, ("vocab", "embed"))
+        self.audio_embeddings = parameter((rows, dim), ("audio_rows", "embed"), scale=dim**-0.5)
+        self.codebook0_head = linear(config.audio_vocab_size, dim, ("audio_vocab", "embed"))
 
     def embed(
         self, frames: Int[Array, "B T C1"], mask: Bool[Array, "B T C1"]

@@ -26,20 +26,20 @@ class Decoder(Stack):
     """Projection into the decoder's width, Llama stack and one head per codebook 1..C-1."""
 
     def __init__(self, config: CSMConfig):
-        super().__init__(config.decoder, heads_axis="decoder_heads")
+        super().__init__(config.decoder, heads_axis="decoder_heads", mlp_axis="decoder_mlp")
         dim, backbone_dim = config.decoder.embed_dim, config.backbone.embed_dim
         self.num_codebooks = config.num_codebooks
         self.audio_vocab_size = config.audio_vocab_size
         self.projection = linear(dim, backbone_dim, ("embed", "embed"))
         self.audio_head = parameter(
             (config.num_codebooks - 1, config.audio_vocab_size, dim),
-            ("codebook", "vocab", "embed"),
+            ("codebook", "audio_vocab", "embed"),
             scale=dim**-0.5,
         )
         if not config.tie_codebooks_embeddings:
             self.audio_embeddings = parameter(
                 (config.num_codebooks * config.audio_vocab_size, backbone_dim),
-                ("vocab", "embed"),
+                ("audio_rows", "embed"),
                 scale=backbone_dim**-0.5,
             )
 

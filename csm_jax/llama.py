@@ -16,6 +16,7 @@ Norms, rotation, softmax and logits are float32 in every precision
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -129,8 +130,9 @@ def attend_shared(
     """Returns attention over a row's own positions and those of the segment it has chosen.
 
     Both parts are computed apart, as sums not yet divided and their largest score, and merged by their
-    log-sum-exp. Every row is scored against every segment, which is then read once for all rows: with
-    few segments that is cheaper than a copy of its segment for each row.
+    log-sum-exp. Every row is multiplied with every segment, which is then read once for all rows: with
+    few segments that is cheaper than a copy of its segment for each row. Which segment a voice is in
+    does not change a bit: segments are never summed over, but for one that is not zero.
 
     Args:
         q: Rotated queries.
@@ -142,46 +144,34 @@ def attend_shared(
         shared_mask: Which of them are valid.
         chosen: Each row's segment, if any.
     """
-    own_best, own_mass, own = _partial_attention(
-        q, k, v, mask[:, None, None], "BTKGH,BKSH->BKGTS", "BKGTS,BKSH->BKGTH"
-    )
-    every = _partial_attention(
-        q,
-        shared_k,
-        shared_v,
-        shared_mask[:, None, None, None, None],
-        "BTKGH,MKSH->MBKGTS",
-        "MBKGTS,MKSH->MBKGTH",
-    )
-    # One summand at most is not zero, so the sum is exact, and a segment's NaN stays in its own rows.
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     row = chosen[:, :, None, None, None, None]
-    best, mass, heads = (jnp.where(row, part, 0.0).sum(axis=0) for part in every)
-    best = jnp.where(chosen.any(axis=0)[:, None, None, None, None], best, -jnp.inf)
+
+    own_best, own_weights, own_mass = _exponentials(
+        product("BTKGH,BKSH->BKGTS", q, k), mask[:, None, None], q.shape[-1]
+    )
+    own = product("BKGTS,BKSH->BKGTH", own_weights.astype(v.dtype), v)
+
+    scores = jnp.where(row, product("BTKGH,MKZH->MBKGTZ", q, shared_k), 0.0).sum(axis=0)
+    valid = (chosen[:, :, None] & shared_mask[:, None]).any(axis=0)[:, None, None, None]
+    best, weights, mass = _exponentials(scores, valid, q.shape[-1])
+    best = jnp.where(valid.any(axis=-1, keepdims=True), best, -jnp.inf)  # no segment, no share
+    every = product("BKGTZ,MKZH->MBKGTH", weights.astype(v.dtype), shared_v)
+    heads = jnp.where(row, every, 0.0).sum(axis=0)
+
     most = jnp.maximum(own_best, best)
     own_share, share = jnp.exp(own_best - most), jnp.exp(best - most)
     merged = (own * own_share + heads * share) / (own_mass * own_share + mass * share)
     return jnp.transpose(merged, (0, 3, 1, 2, 4)).astype(v.dtype)
 
 
-def _partial_attention(
-    q: Array, k: Array, v: Array, mask: Array, scores_axes: str, heads_axes: str
-) -> tuple[Array, Array, Array]:
-    """Returns the largest score, the sum of exp(score - largest), and that sum weighted by values."""
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    scores = jnp.einsum(
-        scores_axes, q, k, precision=precision, preferred_element_type=jnp.float32
-    ) * (q.shape[-1] ** -0.5)
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+def _exponentials(scores: Array, mask: Array, head_dim: int) -> tuple[Array, Array, Array]:
+    """Returns the largest score, exp(score - largest) of all, and their sum."""
+    scores = jnp.where(mask, scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
     best = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - best)
-    heads = jnp.einsum(
-        heads_axes,
-        weights.astype(v.dtype),
-        v,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-    return best, weights.sum(axis=-1, keepdims=True), heads
+    return best, weights, weights.sum(axis=-1, keepdims=True)
 
 
 class Attention(nnx.Module):
@@ -224,10 +214,10 @@ def _split_heads(x_BTI: Array, kv_heads: int, groups: int, head_dim: int) -> Arr
 class MLP(nnx.Module):
     """The SiLU-gated feed-forward layer, without biases."""
 
-    def __init__(self, config: LlamaConfig):
-        self.w_gate = linear(config.intermediate_dim, config.embed_dim, ("mlp", "embed"))
-        self.w_up = linear(config.intermediate_dim, config.embed_dim, ("mlp", "embed"))
-        self.w_down = linear(config.embed_dim, config.intermediate_dim, ("embed", "mlp"))
+    def __init__(self, config: LlamaConfig, *, mlp_axis: str):
+        self.w_gate = linear(config.intermediate_dim, config.embed_dim, (mlp_axis, "embed"))
+        self.w_up = linear(config.intermediate_dim, config.embed_dim, (mlp_axis, "embed"))
+        self.w_down = linear(config.embed_dim, config.intermediate_dim, ("embed", mlp_axis))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate = project(x, self.w_gate[...])
@@ -239,12 +229,12 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, config: LlamaConfig, *, heads_axis: str):
+    def __init__(self, config: LlamaConfig, *, heads_axis: str, mlp_axis: str):
         self.eps = config.norm_eps
         self.attn_norm = parameter((config.embed_dim,), ("norm",), scale=None)
         self.attn = Attention(config, heads_axis=heads_axis)
         self.mlp_norm = parameter((config.embed_dim,), ("norm",), scale=None)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, mlp_axis=mlp_axis)
 
     def qkv(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | Int[Array, "1 T"]
@@ -263,10 +253,13 @@ class Block(nnx.Module):
 class Stack(nnx.Module):
     """The blocks and the final norm, unrolled: scanning over layers would copy weights and cache."""
 
-    def __init__(self, config: LlamaConfig, *, heads_axis: str):
+    def __init__(self, config: LlamaConfig, *, heads_axis: str, mlp_axis: str):
         self.config = config
         self.layers = nnx.Dict(
-            {str(i): Block(config, heads_axis=heads_axis) for i in range(config.num_layers)}
+            {
+                str(i): Block(config, heads_axis=heads_axis, mlp_axis=mlp_axis)
+                for i in range(config.num_layers)
+            }
         )
         self.final_norm = parameter((config.embed_dim,), ("norm",), scale=None)
 

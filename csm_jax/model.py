@@ -92,21 +92,28 @@ def param_shardings(config: CSMConfig, mesh: jax.sharding.Mesh) -> Params:
     """Returns the tree of weights with each leaf's placement on `mesh`.
 
     Raises:
-        ValueError: The key/value heads or the MLP's width do not divide by the mesh axis they are
-            split over.
+        ValueError: A size does not divide by the mesh axis that the rules split it over.
     """
+    rules = dict(sharding.current_rules())
     problems = []
     for axis, name, size in (
         ("heads", "backbone.num_kv_heads", config.backbone.num_kv_heads),
+        ("decoder_heads", "decoder.num_kv_heads", config.decoder.num_kv_heads),
         ("mlp", "backbone.intermediate_dim", config.backbone.intermediate_dim),
-        ("mlp", "decoder.intermediate_dim", config.decoder.intermediate_dim),
+        ("decoder_mlp", "decoder.intermediate_dim", config.decoder.intermediate_dim),
+        ("text_vocab", "text_vocab_size", config.text_vocab_size),
+        ("audio_rows", "audio embedding rows", config.num_codebooks * config.audio_vocab_size),
+        ("audio_vocab", "audio_vocab_size", config.audio_vocab_size),
+        ("codebook", "num_codebooks - 1", config.num_codebooks - 1),
+        ("embed", "backbone.embed_dim", config.backbone.embed_dim),
+        ("embed", "decoder.embed_dim", config.decoder.embed_dim),
     ):
-        over = sharding.RULES[axis]
+        over = rules[axis]
         parts = mesh.shape.get(over, 1)
         if size % parts:
-            problems.append(f"{name}={size:,} does not divide by its {parts} devices")
+            problems.append(f"{name}={size:,} does not divide by the {parts} devices of {over!r}")
     if problems:
-        raise ValueError(f"the mesh axis {over!r} is too large: {'; '.join(problems)}")
+        raise ValueError(f"a mesh axis is too large: {'; '.join(problems)}")
     return _unflatten(
         {
             path: sharding.named(mesh, *leaf.get_metadata("axes"))
@@ -211,7 +218,8 @@ def sample_frame(
     def draw(logits: Array, codebook: int | Array, settings: SamplingParams) -> tuple[Array, Array]:
         with jax.named_scope("sample"):
             noise = gumbel(keys, codebook, num_codes=config.audio_vocab_size)
-            code = choose(logits, noise, settings, codebook_size=config.codebook_size, ranks=ranks)
+            draw_rows = functools.partial(choose, codebook_size=config.codebook_size, ranks=ranks)
+            code = sharding.by_rows(draw_rows, logits, noise, settings)
             return code, jnp.isfinite(logits).all(axis=-1)
 
     def embed(code: Array, codebook: int | Array) -> Array:

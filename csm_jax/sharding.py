@@ -1,9 +1,10 @@
 """Where parameters and states live on a mesh: logical axis names to mesh axes.
 
 Every parameter names its axes logically beside its shape (`heads`, `mlp`, ...); `RULES` is the one
-table that says which mesh axis each of them is split over. Under `jax.set_mesh` with explicit axes the
-activations follow from the parameters and the batch: `csm_jax.linear.project` derives the sharding of
-its result from its operands, so the model code names no mesh axis at all.
+table that says which mesh axis each of them is split over, and `use_rules` changes it for an experiment.
+Under `jax.set_mesh` with explicit axes the activations follow from the parameters and the batch:
+`csm_jax.linear.project` derives the sharding of its result from its operands, so the model code names no
+mesh axis at all. `docs/sharding.md` shows how to work with it.
 
 Without a mesh, or under a mesh of automatic axes, every function here returns None and the same code
 runs on one device or is partitioned by the compiler.
@@ -12,7 +13,10 @@ runs on one device or is partitioned by the compiler.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,15 +31,84 @@ RULES: Mapping[str, str | None] = {
     "batch": "data",
     "heads": "tensor",  # backbone query heads, and the key/value heads they share
     "mlp": "tensor",
+    # Most of the decoder's weights, which are read 31 times per frame; the price is a sum over the
+    # axis per layer and codebook.
+    "decoder_mlp": "tensor",
     # The decoder has 2 key/value heads in CSM-1B: too few to split, and only 9 % of its weights.
     "decoder_heads": None,
-    # 2,051 audio codes divide by nothing useful, and replicated tables make a gather local.
-    "vocab": None,
+    # 128,256 rows, looked up only while prompts are read.
+    "text_vocab": "tensor",
+    # The decoder looks up 31 rows per frame: each would be a collective of its own.
+    "audio_rows": None,
+    # The heads' 2,051 audio codes divide by nothing useful.
+    "audio_vocab": None,
     "codebook": None,
     "embed": None,
     "norm": None,
 }
 """Logical axis name to mesh axis; None keeps the axis whole."""
+
+Rules = tuple[tuple[str, str | None], ...]
+"""Such a table as pairs: `dict(rules)` is the table, and it can be a key."""
+
+# Tracing reads the rules, so they belong to the key under which jax.jit keeps what it has traced.
+_rules = jax.make_user_context(tuple(RULES.items()))
+
+
+def current_rules() -> Rules:
+    """Returns the rules in force: `RULES` with the changes of `use_rules`."""
+    return _rules.value
+
+
+def use_rules(changes: Mapping[str, str | None]) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which some logical axes go over other mesh axes.
+
+    In it, place the parameters and build what works with them; that keeps the rules it was built under.
+
+    Args:
+        changes: Logical axis name to mesh axis, None to keep the axis whole. A mesh axis that the mesh
+            does not have counts as None.
+
+    Raises:
+        ValueError: A name is no logical axis.
+    """
+    if unknown := changes.keys() - RULES.keys():
+        raise ValueError(f"unknown logical axes {sorted(unknown)}; there are {sorted(RULES)}")
+    return _rules(tuple((dict(current_rules()) | dict(changes)).items()))
+
+
+def parse_mesh(text: str) -> Mesh:
+    """Returns the mesh of all devices that is written as `data=4,tensor=2`.
+
+    Raises:
+        ValueError: It is not so written, names an axis that nothing is split over, or does not take
+            exactly the devices there are.
+    """
+    known = sorted({axis for axis in RULES.values() if axis is not None})
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = (word.strip() for word in part.partition("="))
+        if name not in known:
+            raise ValueError(
+                f"mesh {text!r}: there is no axis {name!r}; the axes are {' and '.join(known)}, "
+                "as in data=4,tensor=2"
+            )
+        if name in sizes:
+            raise ValueError(f"mesh {text!r} names the axis {name!r} twice")
+        if not (size.isascii() and size.isdecimal() and int(size[:9]) > 0):
+            raise ValueError(
+                f"mesh {text!r}: the size of {name!r} must be a whole number of 1 or more, got {size!r}"
+            )
+        sizes[name] = int(size[:9])
+    devices = jax.devices()
+    asked = math.prod(sizes.values())
+    if asked != len(devices):
+        raise ValueError(
+            f"mesh {text!r} takes {asked:,} devices, but there are {len(devices):,} "
+            f"({devices[0].device_kind}): the sizes must multiply to that"
+        )
+    kinds = (AxisType.Explicit,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
 
 
 def explicit_mesh() -> bool:
@@ -49,20 +122,23 @@ def current_mesh() -> Mesh | None:
     return jax.sharding.get_mesh() if explicit_mesh() else None
 
 
-def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Returns a context with `mesh` set, or with nothing changed for None.
+@contextlib.contextmanager
+def on(mesh: Mesh | None, rules: Rules) -> Iterator[None]:
+    """Returns a context with `mesh` set, unless it is None, and with these rules.
 
-    A mesh is set for one thread and one stretch of code; what is to work on it later keeps it and
-    comes back with this.
+    A mesh is set for one thread and one stretch of code; what is to work on it later keeps it, with
+    the rules (`current_rules`), and comes back with this.
     """
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    with _rules(rules), contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        yield
 
 
 def batch_multiple() -> int:
     """Returns what a batch must be a multiple of to be split over the mesh that is set."""
     if not explicit_mesh():
         return 1
-    return jax.sharding.get_abstract_mesh().shape.get(RULES["batch"], 1)
+    over = dict(current_rules())["batch"]
+    return jax.sharding.get_abstract_mesh().shape.get(over, 1)
 
 
 def split_batch(x: Array) -> Array:
@@ -76,6 +152,51 @@ def split_batch(x: Array) -> Array:
 def whole(x: Array) -> Array:
     """Returns `x` with all of it on every device of the mesh that is set; inside a jitted function."""
     return jax.sharding.reshard(x, P()) if explicit_mesh() else x
+
+
+def by_rows(function: Callable[..., Any], *args: Any) -> Any:
+    """Returns `function(*args)`, each device working on its own rows; inside a jitted function.
+
+    For operations that XLA knows no rows of: it would gather a sort's whole batch on every device.
+
+    Args:
+        function: Gives arrays with a row for each of theirs, and looks at one row at a time.
+        args: Trees of arrays with the rows first, all split as those of the first array are.
+    """
+    if not explicit_mesh():
+        return function(*args)
+    rows = jax.typeof(jax.tree.leaves(args)[0]).sharding.spec[0]
+    args = jax.tree.map(lambda x: jax.sharding.reshard(x, P(rows)), args)
+    return jax.shard_map(function, in_specs=P(rows), out_specs=P(rows))(*args)
+
+
+def readable(x: Array) -> Array:
+    """Returns `x` so that this process can read all of it, whichever processes share the mesh that is set.
+
+    They must all call it.
+    """
+    return x if x.is_fully_addressable else whole(x)
+
+
+def check_placed(params: Any) -> None:
+    """Checks that weights are where the mesh that is set, or its absence, lets programs find them.
+
+    Raises:
+        ValueError: They are not on its devices, or split without a mesh of explicit axes.
+    """
+    shardings = {leaf.sharding for leaf in jax.tree.leaves(params)}
+    mesh = current_mesh()
+    if mesh is None:
+        if not all(sharding.is_fully_replicated for sharding in shardings):
+            raise ValueError(
+                "params are split over devices, but no mesh of explicit axes is set: "
+                "use jax.set_mesh(mesh) with the mesh they were placed on"
+            )
+    elif any(sharding.device_set != set(mesh.devices.flat) for sharding in shardings):
+        raise ValueError(
+            f"params are not on the {mesh.size} devices of the mesh: place them with "
+            "jax.device_put(params, csm_jax.model.param_shardings(config, mesh))"
+        )
 
 
 def replicate(x: Any) -> Array:
@@ -113,7 +234,8 @@ def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
 
 
 def _partition(axes: tuple[str | None, ...], mesh_axes: tuple[str, ...]) -> P:
-    resolved = [None if axis is None else RULES[axis] for axis in axes]
+    rules = dict(current_rules())
+    resolved = [None if axis is None else rules[axis] for axis in axes]
     return P(*(axis if axis in mesh_axes else None for axis in resolved))
 
 
@@ -132,3 +254,45 @@ def follow(x: Array, *axes: int | str | None) -> P | None:
     return P(
         *(mine[axis] if isinstance(axis, int) else _partition((axis,), names)[0] for axis in axes)
     )
+
+
+_COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+
+
+def collectives(compiled_text: str) -> dict[str, int]:
+    """Returns how often each kind of collective runs in one call of a compiled program.
+
+    Args:
+        compiled_text: `compiled.as_text()` of what `jax.jit(f).lower(...).compile()` returns.
+
+    Raises:
+        ValueError: One is in a loop whose number of rounds does not stand in the code.
+    """
+    found: dict[str, list[str]] = {}
+    calls: dict[str, list[tuple[str, int | None]]] = {}
+    name = entry = ""
+    for line in compiled_text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name = head[2]
+            entry = name if head[1] else entry
+            found[name], calls[name] = [], []
+        elif name:
+            # The second half of an asynchronous one, "-done", is not counted.
+            found[name] += re.findall(rf" ({_COLLECTIVES})(?:-start)?\(", line)
+            rounds = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            for kind, called in re.findall(r"(body|calls|to_apply)=%?([\w.\-]+)", line):
+                times = 1 if kind != "body" else int(rounds[1]) if rounds else None
+                calls[name].append((called, times))
+            for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                calls[name] += [(each.strip(" %"), 1) for each in branches.split(",")]
+
+    def total(name: str) -> Counter[str]:
+        count = Counter(found[name])
+        for called, times in calls[name]:
+            inner = total(called)
+            if inner and times is None:
+                raise ValueError(f"{dict(inner)} in a loop of unknown length, {called}")
+            count.update({kind: number * (times or 0) for kind, number in inner.items()})
+        return count
+
+    return dict(sorted(total(entry).items()))

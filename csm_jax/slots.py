@@ -136,12 +136,13 @@ class Slots:
         longest = max(sizes.capacity, sizes.segment_capacity)
         self.prefills = sorted({self.prefill_size(min(n, longest)) for n in PREFILL_BUCKETS})
         self.compilations = 0
-        self._params, self._mesh = params, mesh
+        self._params, self._mesh, self._rules = params, mesh, sharding.current_rules()
         self._dtype = params["backbone"]["final_norm"].dtype
         self._programs: Programs = {} if programs is None else programs
         self._state: DecodeState | None = None
         self._shared: SharedKV | None = None
-        with sharding.on(self._mesh):
+        with sharding.on(self._mesh, self._rules):
+            sharding.check_placed(params)
             multiple = sharding.batch_multiple()
             if sizes.slots % multiple:
                 raise ValueError(
@@ -154,7 +155,7 @@ class Slots:
     def reset(self) -> None:
         """Empties all slots and segments into new arrays, whatever has become of the old ones."""
         self._state = self._shared = None
-        with sharding.on(self._mesh):
+        with sharding.on(self._mesh, self._rules):
             self._state = self._new_state()
             if self.sizes.segments:
                 self._shared = self._new_shared()
@@ -178,7 +179,7 @@ class Slots:
         size = self.prefill_size(max(len(frames) for frames, _ in prompts))
         fill = self.sizes.prefill_group(size) - len(prompts)
         frames, mask = stack_prompts([*prompts, *[prompts[0]] * fill], size)
-        with sharding.on(self._mesh):
+        with sharding.on(self._mesh, self._rules):
             # On a mesh each device prefills its own rows; a group that does not divide, every device.
             args = [
                 self._params,
@@ -208,7 +209,7 @@ class Slots:
         # Beyond the batch is nowhere.
         places = np.full(rows, self.sizes.slots, np.int32)
         places[: len(slots)] = slots
-        with sharding.on(self._mesh):
+        with sharding.on(self._mesh, self._rules):
             args = (
                 self._state,
                 prefix,
@@ -231,7 +232,7 @@ class Slots:
             jax.errors.JaxRuntimeError: The device fails; see `lost`.
         """
         window = bucket(longest, self.windows, limit=self.sizes.capacity)
-        with sharding.on(self._mesh):
+        with sharding.on(self._mesh, self._rules):
             program = self._advance_program(window, ranks)
             self._state, report = program(self._params, self._state, self._shared)
         return report
@@ -240,7 +241,7 @@ class Slots:
         """Stops slots whose requests were given up."""
         rows = np.zeros(self.sizes.slots, bool)
         rows[list(slots)] = True
-        with sharding.on(self._mesh):
+        with sharding.on(self._mesh, self._rules):
             args = (self._state, sharding.replicate(rows))
             self._state = self._program(("free",), lambda: generate.free.lower(*args))(*args)
 
@@ -257,7 +258,7 @@ class Slots:
                 f"{self.sizes.segment_capacity:,}"
             )
         frames, mask = stack_prompts([prompt], self.prefill_size(len(prompt[0])))
-        with sharding.on(self._mesh):
+        with sharding.on(self._mesh, self._rules):
             # Nothing comes before a voice: the program without segments.
             prefix = self._run_prefill(
                 [self._params, sharding.replicate(frames), sharding.replicate(mask)]
@@ -279,7 +280,7 @@ class Slots:
         Raises:
             jax.errors.JaxRuntimeError: The device has too little memory for a program.
         """
-        with sharding.on(self._mesh):
+        with sharding.on(self._mesh, self._rules):
             wanted = {
                 ("advance", window, ranks): self._lower_advance(window, ranks)
                 for window in self.windows
@@ -306,7 +307,7 @@ class Slots:
 
     def compiled(self, *, window: int, ranks: int) -> Any:
         """Returns the compiled program of `advance`, to look at its code, its memory and its cost."""
-        with sharding.on(self._mesh):
+        with sharding.on(self._mesh, self._rules):
             return self._advance_program(window, ranks)
 
     def _advance_program(self, window: int, ranks: int) -> Callable[..., Any]:

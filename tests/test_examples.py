@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -63,6 +64,19 @@ def test_shard(run: Callable[..., str], demo_model: Path) -> None:
     assert out.count("0.32 s") == 4
 
 
+def test_research(run: Callable[..., str], tmp_path: Path) -> None:
+    words = ("--rule", "mlp=none", "--trace", str(tmp_path / "trace"))
+    out = run("research.py", *words)
+    before, after = out.split("with {'mlp': None}")
+    assert "(text_vocab, embed) as P('tensor', None)" in before
+    assert "(mlp, embed) as P('tensor', None)" in before
+    assert "(mlp, embed) as P(None, None)" in after
+    # 2 layers of attention and MLP, and 31 steps of 2 decoder layers' MLPs; then attention alone.
+    assert "all-reduce: 132 in a chunk of 2 frames, 66 per frame" in before
+    assert "all-reduce: 4 in a chunk of 2 frames, 2 per frame" in after
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
 def test_demo(run: Callable[..., str], tmp_path: Path) -> None:
     words = ("--out", str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--text", "Hi.")
     out = run("demo.py", *words, "--max-audio-length-ms", "320")
@@ -73,3 +87,15 @@ def test_demo(run: Callable[..., str], tmp_path: Path) -> None:
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     for name in ("config.json", "model.safetensors", "tokenizer.json", "prompts", "silentcipher"):
         assert (tmp_path / "model" / name).exists()
+
+
+def test_the_page_about_sharding_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "sharding.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 7
+    exec("\n".join(blocks), {})
+    out = capsys.readouterr().out
+    assert "float32[512@tensor,128]" in out
+    assert "{'all-gather': 3, 'all-reduce': 132}" in out
+    assert "codebook_scan" in out
+    assert "ShardingTypeError" in out

@@ -157,7 +157,7 @@ class MimiRows:
         """
         self.rows, self.frames = rows, frames
         self._codec = codec
-        self._mesh = sharding.current_mesh()
+        self._mesh, self._rules = sharding.current_mesh(), sharding.current_rules()
         # Copied to the mesh once, not at every call.
         self._params = codec._params
         if self._mesh is not None:
@@ -184,12 +184,13 @@ class MimiRows:
             counts[row] = len(part)
         chosen = np.zeros(self.rows, bool)
         chosen[list(fresh)] = True
-        with sharding.on(self._mesh):
+        with sharding.on(self._mesh, self._rules):
             if fresh:
                 self._state = _reset(self._state, _split(chosen))
             audio, self._state = model.decode_frames(
                 self._params, self._state, _split(piece), _split(counts), config=codec.config
             )
+            audio = sharding.readable(audio)
         size = codec.config.samples_per_frame
         lengths = {row: len(part) * size for row, part in codes.items()}
 
@@ -204,7 +205,7 @@ _reset = jax.jit(model.reset, donate_argnums=0)
 
 
 def _split(x: np.ndarray) -> Array:
-    return sharding.split_batch(jnp.asarray(x))
+    return sharding.split_batch(sharding.replicate(x))
 
 
 class MimiStream:
