@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,16 @@ _VOICE_PROMPTS = 64  # kept on the host, about 0.1 MB each
 
 
 class JobMaker:
-    """Makes jobs for one model; remembers the context audio and the voices it saw last."""
+    """Makes jobs for one model; remembers the context audio and the voices it saw last.
+
+    Safe to share between threads.
+    """
 
     def __init__(self, config: CSMConfig, tokenizer: TextTokenizer, codec: Codec) -> None:
         self.config = config
         self._tokenizer, self._encoder = tokenizer, EncodeCache(codec)
         self._voices: OrderedDict[str, Frames] = OrderedDict()
+        self._lock = threading.Lock()
 
     def job(self, request: Request, *, segment_capacity: int) -> Job:
         """Returns the job of a request.
@@ -61,11 +66,10 @@ class JobMaker:
         return Job(request=request, prompt=whole)
 
     def _voice_prompt(self, voice: Voice) -> Frames:
-        prompt = self._voices.get(voice.key)
-        if prompt is None:
-            prompt = voice_prompt(self._tokenizer, voice, config=self.config)
-            self._voices[voice.key] = prompt
+        with self._lock:
+            if voice.key not in self._voices:
+                self._voices[voice.key] = voice_prompt(self._tokenizer, voice, config=self.config)
+            self._voices.move_to_end(voice.key)
             while len(self._voices) > _VOICE_PROMPTS:
                 self._voices.popitem(last=False)
-        self._voices.move_to_end(voice.key)
-        return prompt
+            return self._voices[voice.key]

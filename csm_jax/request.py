@@ -34,7 +34,7 @@ class Request:
         context: Earlier turns with their audio, oldest first.
         voice: A voice that many requests share; it comes before the context.
         max_audio_length_ms: Longest audio; rounded down to whole 80 ms frames. None takes what even a
-            slow speaker would need for the text (`csm_jax.runaway.frame_cap`).
+            slow speaker would need for the text (`csm_jax.runaway.frame_cap`), and 90 s at most.
         temperature: 0 is greedy.
         topk: Codes kept at each draw; 0 keeps all.
         top_p: Probability mass kept; 1 keeps all.
@@ -88,7 +88,7 @@ class Request:
             ValueError: Less than one frame, or no end, is asked for.
         """
         if self.max_audio_length_ms is None:
-            return frame_cap(self.text)
+            return min(frame_cap(self.text), _MOST_FRAMES)
         if not self.max_audio_length_ms >= FRAME_MS:
             raise ValueError(
                 f"max_audio_length_ms={self.max_audio_length_ms} is less than one frame ({FRAME_MS} ms)"
@@ -103,6 +103,7 @@ class Request:
 
 _NUMBERS = ("temperature", "topk", "top_p", "min_p", "seed")
 _MOST_MS = 1e9  # eleven days
+_MOST_FRAMES = 90_000 // FRAME_MS  # of a request that gives no length; Sesame's own default
 
 
 def as_requests(requests: Iterable[Request]) -> list[Request]:

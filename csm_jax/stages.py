@@ -83,10 +83,14 @@ class DecodeStage(Generic[K]):
         utterance.last = last
 
     def drop(self, key: K) -> None:
-        """Forgets an utterance; its row is free at once."""
+        """Forgets an utterance: no more of its audio is given, and its row is free at once."""
         utterance = self._utterances.pop(key, None)
         if utterance is not None and utterance.row >= 0:
             self._free.append(utterance.row)
+        self._started = [
+            (wait, [call for call in calls if call[0] != key]) for wait, calls in self._started
+        ]
+        self._ready = [part for part in self._ready if part.key != key]
 
     def run(self, *, flush: bool) -> list[Decoded[K]]:
         """Returns the audio of the calls that were started before, and starts new ones.
