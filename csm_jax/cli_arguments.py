@@ -9,22 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from csm_jax import __version__
-from csm_jax.watermark_key import DEFAULT_KEY, parse_key
+from csm_jax.watermark_key import DEFAULT_KEY, key_argument
 
 _DEFAULT_MODEL = "sesame/csm-1b"
 
 _GENERATE_EXAMPLES = """\
-exit status: 0 spoken, 1 the model ended at once and nothing was written, 2 error, 130 interrupted
+exit status: 0 spoken, 1 the model ended at once and nothing was written,
+2 error, 130 interrupted
 
 examples:
   csm-jax generate "Hello from Sesame." -o hello.wav
   echo "Read from a pipe." | csm-jax generate - --speaker 1 --model ./csm-1b
+  csm-jax generate "Good morning." --voice anna
+  csm-jax generate -o chapter.flac < chapter.txt
   csm-jax generate "And then?" --speaker 1 \\
       --context first.wav "What somebody said before." 0 \\
       --context second.wav "What the other replied." 1
   csm-jax generate --dialogue talk.jsonl --turns-dir turns -o talk.flac
 
-a dialogue file has one turn per line, spoken in order, each with all earlier ones as context:
+Numbers, signs and abbreviations are written as they are said before they are
+spoken. A text of more than 240 characters, about 16 s, is spoken in pieces: cut
+at paragraphs and sentences, with pauses between them, each hearing the last two.
+
+a dialogue file has one turn per line, spoken in order, each with all earlier
+ones as context:
   {"speaker": 0, "text": "Hey, how are you doing?"}
   {"speaker": 1, "text": "Pretty good, pretty good."}
 """
@@ -47,8 +55,8 @@ def build_parser(
 
     Args:
         handlers: By command, what its arguments' `handler` is to be.
-        argv: The arguments to come: `convert` brings its own, and the code that knows them is
-            loaded only for it.
+        argv: The arguments to come: some commands bring their own, and the code that knows them is
+            loaded only for them.
     """
     parser = argparse.ArgumentParser(
         prog="csm-jax",
@@ -71,11 +79,15 @@ def build_parser(
         return sub
 
     _add_generate(command("generate", "speak a text or a dialogue", epilog=_GENERATE_EXAMPLES))
-    convert = command("convert", "convert a checkpoint from one layout to another")
-    if next((word for word in argv if not word.startswith("-")), None) == "convert":
-        from csm_jax.weights.cli import add_arguments
-
-        add_arguments(convert)
+    wanted = next((word for word in argv if not word.startswith("-")), None)
+    for name, help, add_arguments in (
+        ("batch", "speak a corpus from a manifest", _add_batch),
+        ("voices", "keep voices by name", _add_voices),
+        ("convert", "convert a checkpoint from one layout to another", _add_convert),
+    ):
+        sub = command(name, help)
+        if wanted == name:
+            add_arguments(sub)
     _add_verify(
         command("verify", "tell whether a file carries a watermark", epilog=_VERIFY_EXAMPLES)
     )
@@ -97,13 +109,35 @@ def _add_model(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    from csm_jax.corpus.arguments import add_arguments
+
+    add_arguments(parser)
+
+
+def _add_voices(parser: argparse.ArgumentParser) -> None:
+    from csm_jax.voices_cli import add_arguments
+
+    add_arguments(parser)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    from csm_jax.weights.cli import add_arguments
+
+    add_arguments(parser)
+
+
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to say")
     what.add_argument(
         "text", nargs="?", metavar="TEXT", help="the text; '-', or nothing, reads it from a pipe"
     )
     what.add_argument(
-        "--speaker", type=natural, default=None, metavar="N", help="who says TEXT (default: 0)"
+        "--speaker",
+        type=natural,
+        default=None,
+        metavar="N",
+        help="who says TEXT (default: the speaker of --voice, or 0)",
     )
     what.add_argument(
         "--dialogue", type=Path, metavar="FILE.jsonl", help="say several turns instead of TEXT"
@@ -122,7 +156,26 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="drop the oldest turns when they do not fit, instead of stopping",
     )
 
+    what.add_argument(
+        "--language",
+        default="en",
+        metavar="CODE",
+        help="of the text, whose numbers are written as words (default: en)",
+    )
+    what.add_argument(
+        "--no-normalise",
+        action="store_true",
+        help="leave numbers, signs and abbreviations as they are",
+    )
+    what.add_argument(
+        "--no-split",
+        action="store_true",
+        help="speak a long text in one go, not in pieces",
+    )
+
     how = parser.add_argument_group("how to say it")
+    how.add_argument("--voice", metavar="NAME", help="a voice of the library (csm-jax voices)")
+    how.add_argument("--voices-dir", type=Path, metavar="DIR", help="where the voices are kept")
     how.add_argument("--seed", type=natural, default=0, metavar="N", help="default: %(default)s")
     how.add_argument(
         "--temperature", type=float, default=0.9, metavar="X", help="0 is greedy (default: 0.9)"
@@ -156,9 +209,17 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--max-audio-length-ms",
         type=float,
-        default=90_000,
         metavar="MS",
-        help="longest audio of a turn (default: 90000)",
+        help="longest audio of a text or piece (default: what a slow speaker needs for it, and "
+        "90000 at most)",
+    )
+    how.add_argument(
+        "--redraws",
+        type=natural,
+        default=1,
+        metavar="N",
+        help="speak what runs away or ends at once again, with another seed, so often at most "
+        "(default: %(default)s)",
     )
 
     model = parser.add_argument_group("the model")
@@ -176,6 +237,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "needs torch and moshi (default: %(default)s)",
     )
     model.add_argument("--layout", help="the checkpoint's layout, where its names cannot tell")
+    model.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="devices to split the model over, such as tensor=2 or data=4,tensor=2",
+    )
 
     out = parser.add_argument_group("the result")
     out.add_argument(
@@ -205,7 +271,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _add_key(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--watermark-key",
-        type=_key,
+        type=key_argument,
         default=DEFAULT_KEY,
         metavar="B,B,B,B,B",
         help="five numbers in 0..255 of your own (default: Sesame's public key)",
@@ -227,10 +293,3 @@ def natural(text: str) -> int:
             f"must be a whole number of 0 or more, got {reprlib.repr(text)}"
         )
     return value
-
-
-def _key(text: str) -> tuple[int, ...]:
-    try:
-        return parse_key(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

@@ -186,6 +186,17 @@ def locate_config(source: str | os.PathLike[str] = CSM_REPO) -> Path | None:
     return locate(source).config
 
 
+def locate_mimi(source: str | os.PathLike[str] = CSM_REPO) -> Path:
+    """Returns the path of Mimi's own weights alone, for coding audio without a model.
+
+    Raises:
+        FileNotFoundError, ValueError, HubError: As `locate`, or the model directory lacks them.
+    """
+    if local_path(source) is None:
+        return _fetch(MIMI_REPO, MIMI)
+    return locate(source).mimi()
+
+
 def locate_watermark(source: str | os.PathLike[str] = CSM_REPO) -> Path:
     """Returns the directory of the watermark's files alone, for checking audio without a model.
 

@@ -24,9 +24,10 @@ from csm_jax.config import CSMConfig, Dtype
 from csm_jax.engine import Job
 from csm_jax.generate import WINDOW_BUCKETS, bucket
 from csm_jax.jobs import JobMaker
+from csm_jax.model import param_shardings
 from csm_jax.prompt import Segment, TextTokenizer
 from csm_jax.request import Request, as_requests
-from csm_jax.slots import Programs, SlotSizes
+from csm_jax.slots import Programs
 from csm_jax.synthesizer import (
     Result,
     SynthesisError,
@@ -97,7 +98,7 @@ class Generator:
         self.watermark_key = check_key(watermark_key)
         self.sample_rate = codec.sample_rate
         self._jobs = JobMaker(config, tokenizer, codec)
-        self._programs: dict[tuple[SlotSizes, jax.sharding.Mesh | None], Programs] = {}
+        self._programs: dict[tuple[Any, ...], Programs] = {}  # by sizes, mesh and sharding rules
 
     def generate(
         self,
@@ -158,7 +159,7 @@ class Generator:
             TypeError: An item is not a `Request`.
             GenerationError: Scores of some requests were not finite; it holds the others' audio.
         """
-        results = self._run(as_requests(requests), batch_size, on_progress, decode=True)
+        results = self.generate_results(requests, batch_size=batch_size, on_progress=on_progress)
         audios = [result.audio for result in results]
         finished = [audio for audio in audios if audio is not None]
         if len(finished) == len(audios):
@@ -167,6 +168,41 @@ class Generator:
         raise GenerationError(
             f"requests {failed} failed; the first: {results[failed[0]].error}", audios, failed
         )
+
+    def generate_results(
+        self,
+        requests: Iterable[Request],
+        *,
+        batch_size: int = 32,
+        stop_repetition: bool = False,
+        on_progress: Progress | None = None,
+    ) -> list[Result]:
+        """Returns each request's audio, codes, and why it ended; one that failed says so in its result.
+
+        Args:
+            requests: As `generate_batch`.
+            batch_size: Most rows at a time.
+            stop_repetition: End requests that say the same again and again, and flag them.
+            on_progress: As `generate_batch`.
+
+        Raises:
+            TypeError, ValueError: Bad input in any request, before anything is generated.
+        """
+        return self._run(
+            as_requests(requests),
+            batch_size,
+            on_progress,
+            decode=True,
+            stop_repetition=stop_repetition,
+        )
+
+    def prompt_lengths(self, requests: Iterable[Request]) -> list[int]:
+        """Returns how many positions the prompt of each request takes, voice and context included.
+
+        Raises:
+            TypeError, ValueError: Whatever would keep a request from being spoken.
+        """
+        return [len(job.prompt[0]) for job in self._prepare(as_requests(requests))]
 
     def generate_codes(
         self,
@@ -189,13 +225,16 @@ class Generator:
         on_progress: Progress | None,
         *,
         decode: bool,
+        stop_repetition: bool = False,
     ) -> list[Result]:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not requests:
             return []
         jobs = self._prepare(requests)
-        synthesizer = self._synthesizer(jobs, slots=min(batch_size, len(requests)))
+        synthesizer = self._synthesizer(
+            jobs, slots=min(batch_size, len(requests)), stop_repetition=stop_repetition
+        )
         for i, job in enumerate(jobs):
             synthesizer.submit(job, id=i, decode=decode)
         most = max(request.max_frames for request in requests)
@@ -212,7 +251,12 @@ class Generator:
         return [self._jobs.job(request, segment_capacity=0) for request in requests]
 
     def _synthesizer(
-        self, jobs: Sequence[Job], *, slots: int, chunk_frames: int | None = None
+        self,
+        jobs: Sequence[Job],
+        *,
+        slots: int,
+        chunk_frames: int | None = None,
+        stop_repetition: bool = False,
     ) -> Synthesizer:
         """Returns a synthesizer for these jobs, on the mesh that is set, if one is."""
         multiple = sharding.batch_multiple()
@@ -227,8 +271,7 @@ class Generator:
         settings = dataclasses.replace(
             settings,
             codec_rows=min(settings.codec_rows, settings.slots),
-            look_ahead=settings.look_ahead and len(jobs) > 1,
-            stop_repetition=False,
+            stop_repetition=stop_repetition,
         )
         return self.synthesizer(settings)
 
@@ -253,7 +296,9 @@ class Generator:
             watermark_key=self.watermark_key,
             settings=settings,
             mesh=mesh,
-            programs=self._programs.setdefault((settings.sizes, mesh), {}),
+            programs=self._programs.setdefault(
+                (settings.sizes, mesh, sharding.current_rules()), {}
+            ),
         )
 
     def stream(
@@ -327,6 +372,7 @@ def load_csm_1b(
     codec: Implementation = "jax",
     watermark: Implementation | bool = "jax",
     watermark_key: Sequence[int] = DEFAULT_KEY,
+    mesh: jax.sharding.Mesh | None = None,
     device: str | None = None,
 ) -> Generator:
     """Returns a ready generator.
@@ -341,6 +387,8 @@ def load_csm_1b(
         codec: "jax" runs Mimi beside the model, "torch" through the moshi package on torch's CPU.
         watermark: "jax" or "torch" likewise; False leaves the audio unmarked.
         watermark_key: Five bytes; the default is Sesame's public key.
+        mesh: Devices to split the weights over; use the generator with this mesh set
+            (`jax.set_mesh`). None takes one device.
         device: Sesame's argument, refused: JAX chooses the device (`JAX_PLATFORMS`).
 
     Raises:
@@ -364,31 +412,62 @@ def load_csm_1b(
     files = hub.locate(source)
     watermarker = load_watermarker(files.watermark_dir, watermark)
     tokenizer = TextTokenizer.from_file(files.tokenizer())
+    sizes = csm_config.read_config(files.config) if files.config is not None else None
+    if mesh is not None and sizes is not None:
+        param_shardings(sizes, mesh)  # what does not fit is an error before the weights are read
     config, params = weights.load_checkpoint(
         files.checkpoint,
         layout=layout,
         dtype=dtype or csm_config.default_dtype(jax.default_backend()),
-        config=csm_config.read_config(files.config) if files.config is not None else None,
+        config=sizes,
     )
+    if mesh is not None:
+        params = jax.device_put(params, param_shardings(config, mesh))
     return Generator(
         config=config,
         params=params,
         tokenizer=tokenizer,
-        codec=_load_codec(files, codec, num_codebooks=config.num_codebooks),
+        codec=_open_codec(
+            find_mimi(files) if codec == "jax" else files.mimi(),
+            codec,
+            num_codebooks=config.num_codebooks,
+        ),
         watermarker=watermarker,
         watermark_key=watermark_key,
     )
 
 
-def _load_codec(files: ModelFiles, kind: Implementation, *, num_codebooks: int) -> Codec:
+def load_codec(source: str | Path = "sesame/csm-1b", kind: Implementation = "jax") -> Codec:
+    """Returns the codec of a model without the model; of one on the hub no checkpoint is fetched.
+
+    Args:
+        source: As `load_csm_1b`.
+        kind: As `load_csm_1b`'s `codec`.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: As `load_csm_1b`.
+    """
+    from csm_jax import hub
+
+    enable_compilation_cache()
+    # Of a model on this machine the checkpoint may hold Mimi.
+    beside = kind == "jax" and hub.local_path(source) is not None
+    path = find_mimi(hub.locate(source)) if beside else hub.locate_mimi(source)
+    config = hub.locate_config(source)
+    # A lone checkpoint has no config.json.
+    sizes = csm_config.csm_1b() if config is None else csm_config.read_config(config)
+    return _open_codec(path, kind, num_codebooks=sizes.num_codebooks)
+
+
+def _open_codec(path: Path, kind: Implementation, *, num_codebooks: int) -> Codec:
     if kind == "torch":
         from csm_jax.bridge.mimi import TorchMimi
 
-        return TorchMimi.from_file(files.mimi(), num_codebooks=num_codebooks)
+        return TorchMimi.from_file(path, num_codebooks=num_codebooks)
     from csm_jax.mimi.codec import JaxMimi
     from csm_jax.weights.mimi import load_mimi
 
-    return JaxMimi(*load_mimi(find_mimi(files)), num_codebooks=num_codebooks)
+    return JaxMimi(*load_mimi(path), num_codebooks=num_codebooks)
 
 
 def find_mimi(files: ModelFiles) -> Path:

@@ -22,7 +22,7 @@ import threading
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -68,12 +68,15 @@ class Segment:
         text: What is said, exactly.
         audio: Mono samples [W] around -1..1 as a numpy, jax or torch array.
         sample_rate: Hertz of `audio`; other rates than 24,000 are resampled.
+        codes: In place of `audio`, the codes int [n, C] that the model or the codec has made: what
+            was spoken is heard again exactly, without the watermark and without encoding.
     """
 
     speaker: int
     text: str
-    audio: Any
+    audio: Any = None
     sample_rate: int = SAMPLE_RATE
+    codes: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,11 +297,17 @@ def encode_audio(
             f"but the model has {config.num_codebooks} of {config.codebook_size:,}: they do not "
             "belong together"
         )
-    codes = check_codes(
-        codec.encode(audio),
-        num_codebooks=config.num_codebooks,
-        codebook_size=config.codebook_size,
-    )
+    return encode_codes(codec.encode(audio), config=config)
+
+
+def encode_codes(codes: np.ndarray, *, config: CSMConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the audio frames of codes (int [n, C]) and their end frame of zero codes:
+    (int32 [n + 1, C + 1], mask of the same shape).
+
+    Raises:
+        TypeError, ValueError: The codes do not fit the model.
+    """
+    codes = _check_codes(codes, config)
     frames = np.zeros((len(codes) + 1, config.num_codebooks + 1), np.int32)
     frames[:-1, :-1] = codes
     mask = np.ones(frames.shape, bool)
@@ -320,30 +329,69 @@ def encode_segment(
         TypeError, ValueError: The segment holds bad text, speaker or audio.
     """
     text = encode_text(tokenizer, segment.text, segment.speaker, config=config, name=f"{name}.text")
-    audio = encode_audio(codec, _segment_audio(segment, name, config), config=config)
-    return np.concatenate([text[0], audio[0]]), np.concatenate([text[1], audio[1]])
+    sound = _encode_sound(codec, _check_sound(segment, name, config)[0], config)
+    return np.concatenate([text[0], sound[0]]), np.concatenate([text[1], sound[1]])
 
 
-def _segment_audio(segment: Segment, name: str, config: CSMConfig) -> np.ndarray:
-    samples, rate, _ = _check_segment_audio(segment, name, config)
-    return resample(samples, rate, SAMPLE_RATE)
+def segment_positions(
+    tokenizer: TextTokenizer, segment: Segment, *, config: CSMConfig, name: str = "segment"
+) -> int:
+    """Returns how many positions a context segment takes, without encoding its audio.
+
+    Raises:
+        TypeError, ValueError: As `encode_segment`.
+    """
+    text = encode_text(tokenizer, segment.text, segment.speaker, config=config, name=f"{name}.text")
+    return len(text[0]) + _check_sound(segment, name, config)[1]
 
 
-def _check_segment_audio(
-    segment: Segment, name: str, config: CSMConfig
-) -> tuple[np.ndarray, int, int]:
-    # Samples, their rate, and how many positions they will take: known before they are resampled.
-    rate = check_rate(segment.sample_rate, f"{name}.sample_rate")
-    samples = check_audio(segment.audio, f"{name}.audio")
-    seconds = samples.size / rate
-    positions = -(-samples.size * SAMPLE_RATE // (rate * SAMPLES_PER_FRAME)) + 1
+def _encode_sound(
+    codec: AudioEncoder, segment: Segment, config: CSMConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    if segment.codes is not None:
+        return encode_codes(segment.codes, config=config)
+    audio = resample(segment.audio, segment.sample_rate, SAMPLE_RATE)
+    return encode_audio(codec, audio, config=config)
+
+
+def _check_sound(segment: Segment, name: str, config: CSMConfig) -> tuple[Segment, int]:
+    # With plain arrays, and how many positions they will take: known before audio is resampled.
+    if segment.codes is None:
+        rate = check_rate(segment.sample_rate, f"{name}.sample_rate")
+        samples = check_audio(segment.audio, f"{name}.audio")
+        checked = replace(segment, audio=samples, sample_rate=rate)
+        part, seconds = "audio", samples.size / rate
+        positions = -(-samples.size * SAMPLE_RATE // (rate * SAMPLES_PER_FRAME)) + 1
+    else:
+        if segment.audio is not None:
+            raise ValueError(f"{name} has both audio and codes: give one of them")
+        codes = _check_segment_codes(segment.codes, f"{name}.codes", config)
+        checked = replace(segment, codes=codes)
+        part, seconds = "codes", len(codes) * FRAME_MS / 1000
+        positions = len(codes) + 1
     if positions >= config.backbone.max_seq_len:
         raise ValueError(
-            f"{name}.audio lasts {seconds:,.1f} s, which is {positions:,} positions, but the model "
+            f"{name}.{part} lasts {seconds:,.1f} s, which is {positions:,} positions, but the model "
             f"holds max_seq_len={config.backbone.max_seq_len:,} for prompt and answer together; "
             "cut it"
         )
-    return samples, rate, positions
+    return checked, positions
+
+
+def _check_segment_codes(codes: Any, name: str, config: CSMConfig) -> np.ndarray:
+    try:
+        checked = _check_codes(codes, config)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    if not len(checked):
+        raise ValueError(f"{name} is empty")
+    return checked
+
+
+def _check_codes(codes: Any, config: CSMConfig) -> np.ndarray:
+    return check_codes(
+        codes, num_codebooks=config.num_codebooks, codebook_size=config.codebook_size
+    )
 
 
 def check_max_frames(max_frames: int, *, config: CSMConfig) -> None:
@@ -400,7 +448,7 @@ def build_prompt(
     check_max_frames(max_frames, config=config)
     max_seq_len = config.backbone.max_seq_len
     turn = encode_text(tokenizer, text, speaker, config=config)
-    texts, audios, lengths = [], [], []
+    texts, sounds, lengths = [], [], []
     for index, segment in enumerate(context):
         name = f"context[{index}]"
         if not isinstance(segment, Segment):
@@ -410,8 +458,8 @@ def build_prompt(
                 tokenizer, segment.text, segment.speaker, config=config, name=f"{name}.text"
             )
         )
-        samples, rate, length = _check_segment_audio(segment, name, config)
-        audios.append((samples, rate))
+        sound, length = _check_sound(segment, name, config)
+        sounds.append(sound)
         lengths.append(len(texts[-1][0]) + length)
 
     limit, dropped = max_seq_len - max_frames - before, 0
@@ -425,9 +473,8 @@ def build_prompt(
         logger.info("left out the oldest %d of %d context turns to fit", dropped, len(lengths))
 
     parts = []
-    for text_part, (samples, rate) in zip(texts[dropped:], audios[dropped:], strict=True):
-        audio = resample(samples, rate, SAMPLE_RATE)
-        parts += [text_part, encode_audio(codec, audio, config=config)]
+    for text_part, sound in zip(texts[dropped:], sounds[dropped:], strict=True):
+        parts += [text_part, _encode_sound(codec, sound, config)]
     parts.append(turn)
     frames = np.concatenate([frames for frames, _ in parts])
     if len(frames) != positions:

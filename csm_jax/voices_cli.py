@@ -228,31 +228,9 @@ def _segment(path: Path, transcript: str, speaker: int) -> Segment:
 
 
 def _load_codec(args: argparse.Namespace) -> Codec:
-    from csm_jax import hub, pipeline
-    from csm_jax.config import csm_1b, read_config
+    from csm_jax import pipeline
 
-    # Of a model on the hub, whose checkpoint is gigabytes, config.json and Mimi's own file are enough.
-    local = hub.local_path(args.model) is not None
-    files = hub.locate(args.model) if local else _mimi_of_hub()
-    config = hub.locate_config(args.model)
-    # A lone checkpoint has no config.json.
-    num_codebooks = (csm_1b() if config is None else read_config(config)).num_codebooks
-    if args.codec == "torch":
-        from csm_jax.bridge.mimi import TorchMimi
-
-        return TorchMimi.from_file(files.mimi(), num_codebooks=num_codebooks)
-    from csm_jax.mimi.codec import JaxMimi
-    from csm_jax.weights.mimi import load_mimi
-
-    pipeline.enable_compilation_cache()
-    path = pipeline.find_mimi(files) if local else files.mimi()
-    return JaxMimi(*load_mimi(path), num_codebooks=num_codebooks)
-
-
-def _mimi_of_hub() -> Any:
-    from csm_jax.hub import ModelFiles
-
-    return ModelFiles(checkpoint=Path(), config=None, prompts_dir=None, places=(), local=False)
+    return pipeline.load_codec(args.model, args.codec)
 
 
 # --- list, show, remove ------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -45,3 +46,15 @@ def parse_key(text: str) -> tuple[int, ...]:
             f"a watermark key is {KEY_BYTES} numbers in 0..255 such as "
             f"{','.join(map(str, DEFAULT_KEY))!r}, got {text!r}"
         ) from error
+
+
+def key_argument(text: str) -> tuple[int, ...]:
+    """Returns `parse_key(text)`, as the type of an argument of `argparse`.
+
+    Raises:
+        argparse.ArgumentTypeError: It is written otherwise.
+    """
+    try:
+        return parse_key(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -30,9 +30,10 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("jobs",),
     ("synthesizer",),
-    ("pipeline", "corpus"),
-    ("dialogue", "doctor", "interrupt", "voices_cli"),
+    ("pipeline", "corpus", "synthesizer_async"),
+    ("dialogue", "doctor", "interrupt", "long_text", "voices_cli"),
     ("cli_arguments",),
+    ("generate_cli",),
     ("cli",),
     ("__init__", "__main__"),  # the table of contents, and the command
 )
@@ -58,6 +59,7 @@ WITHOUT_JAX = (
     "cli_arguments",
     "doctor",
     "dialogue",
+    "generate_cli",
     "interrupt",
     "voices_cli",
     "config",

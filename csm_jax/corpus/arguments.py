@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from csm_jax.watermark_key import DEFAULT_KEY, parse_key
+from csm_jax.watermark_key import DEFAULT_KEY, key_argument
 
 DESCRIPTION = """\
 A corpus from a manifest: planned, spoken in shards that are committed one by one, verified, exported.
@@ -74,7 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     def action(name: str, help: str) -> argparse.ArgumentParser:
-        return actions.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        sub = actions.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        # The command takes it as well; without a default here, what was given there stays.
+        sub.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+        return sub
 
     make = action("make", "plan, run and verify in one go; the default where a manifest is given")
     plan = action("plan", "decide what is spoken, in which shards")
@@ -173,7 +178,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_key(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--watermark-key",
-        type=parse_key,
+        type=key_argument,
         default=DEFAULT_KEY,
         metavar="B,B,B,B,B",
         help="five numbers of your own; not kept, so say it again to run (default: Sesame's public key)",

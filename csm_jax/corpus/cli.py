@@ -89,6 +89,8 @@ def _plan(args: argparse.Namespace, on_progress: Callable[[], None]) -> Plan:
         raise ValueError(f"--seed must be in [0, 2**64), got {args.seed}")
     if args.slots < 1:
         raise ValueError(f"--slots must be at least 1, got {args.slots}")
+    if not args.manifest.is_file():  # before the model's files are hashed
+        raise FileNotFoundError(f"no manifest at {args.manifest}")
     voices, library = _voice_keys(args.voices)
     files = model_files(args.model, watermark=not args.no_watermark)
     remembered = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -20,7 +21,13 @@ import soundfile
 
 from csm_jax import audio, cli, hub, pipeline
 from csm_jax.audio import read_audio, write_audio
+from csm_jax.config import csm_1b
 from csm_jax.interrupt import Interrupt
+from csm_jax.prompt import Segment, TextTokenizer
+from csm_jax.runaway import frame_cap
+from csm_jax.synthesizer import Result, Synthesizer, redraw_seed
+from csm_jax.voices import Voice, VoiceLibrary, VoiceTurn, make_provenance
+from tests.support.tokenizer import write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +37,8 @@ class FakeGenerator:
 
     sample_rate = 24_000
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.config, self.tokenizer = csm_1b(), tokenizer
         self.calls: list[dict[str, Any]] = []
         self.loaded: tuple[Any, dict[str, Any]] | None = None
         self.error: BaseException | None = None
@@ -41,39 +49,50 @@ class FakeGenerator:
         self.loaded = (source, options)
         return self
 
-    def generate(
-        self,
-        text: str,
-        speaker: int,
-        context: Any,
-        ms: float,
-        temperature: float,
-        topk: int,
-        **rest: Any,
-    ) -> np.ndarray:
+    def prompt_lengths(self, requests: Any) -> list[int]:
+        return [len(request.text) for request in requests]
+
+    def generate_results(
+        self, requests: Any, *, stop_repetition: bool, on_progress: Any
+    ) -> list[Result]:
+        [request] = requests
         if self.error is not None:
             raise self.error
         if self.log is not None:
             logging.getLogger("csm_jax.prompt").info(self.log)
-        self.calls.append(
-            {
-                "text": text,
-                "speaker": speaker,
-                "context": [(s.speaker, s.text, len(s.audio), s.sample_rate) for s in context],
-                "ms": ms,
-                "temperature": temperature,
-                "topk": topk,
-                **rest,
-            }
-        )
-        rest["on_progress"](len(text), 1125)
+        given = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+        given["context"] = [heard(segment) for segment in request.context]
+        self.calls.append(given)
+        on_progress(len(request.text), 1125)
         self.finished += 1
-        return np.full(1920 * len(text) if "silence" not in text else 0, 0.25, np.float32)
+        frames = 0 if "silence" in request.text else len(request.text)
+        return [
+            Result(
+                id=0,
+                audio=np.full(1920 * frames, 0.25, np.float32),
+                codes=np.full((frames, 32), frames, np.int32),
+                finish_reason="eos",
+            )
+        ]
+
+
+def heard(segment: Segment) -> tuple[int, str, str, int]:
+    if segment.codes is not None:
+        return segment.speaker, segment.text, "codes", len(segment.codes)
+    return segment.speaker, segment.text, f"{segment.sample_rate} Hz", len(segment.audio)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    return TextTokenizer.from_file(write_tokenizer(path, vocab_size=1000))
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGenerator:
-    generator = FakeGenerator()
+def fake(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: TextTokenizer
+) -> FakeGenerator:
+    generator = FakeGenerator(tokenizer)
     monkeypatch.setattr(pipeline, "load_csm_1b", generator.load)
     monkeypatch.setattr(hub, "locate_config", lambda source: None)
     monkeypatch.chdir(tmp_path)
@@ -102,15 +121,16 @@ def test_every_option_arrives(fake: FakeGenerator, capsys: pytest.CaptureFixture
             "codec": "torch",
             "watermark": "torch",
             "watermark_key": (1, 2, 3, 4, 5),
+            "mesh": None,
         },
     )
     (call,) = fake.calls
-    call.pop("on_progress")
     assert call == {
         "text": "abc",
         "speaker": 3,
-        "context": [(0, "first", 16_000, 16_000), (1, "second", 24_000, 24_000)],
-        "ms": 800,
+        "context": [(0, "first", "16000 Hz", 16_000), (1, "second", "24000 Hz", 24_000)],
+        "voice": None,
+        "max_audio_length_ms": 800,
         "temperature": 0.5,
         "topk": 9,
         "top_p": 0.8,
@@ -138,15 +158,195 @@ def test_defaults_are_sesames(fake: FakeGenerator) -> None:
             "codec": "jax",
             "watermark": "jax",
             "watermark_key": (212, 211, 146, 56, 201),
+            "mesh": None,
         },
     )
     call = fake.calls[0]
-    assert (call["speaker"], call["ms"], call["temperature"], call["topk"]) == (0, 90_000, 0.9, 50)
+    assert (call["speaker"], call["temperature"], call["topk"]) == (0, 0.9, 50)
+    assert call["max_audio_length_ms"] == frame_cap("abc") * 80
     assert (call["top_p"], call["min_p"], call["seed"]) == (1.0, 0.0, 0)
     assert call["decoder_temperature"] is None
     assert call["decoder_topk"] is None
     assert call["truncate_context"] is False
     assert Path("out.wav").is_file()
+
+
+LONG = "This is a sentence of no great length. " * 10
+
+
+def test_a_long_text_is_spoken_in_pieces(
+    fake: FakeGenerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", LONG, "--seed", "4"]) == 0
+    texts = [call["text"] for call in fake.calls]
+    assert [len(text) <= 240 for text in texts] == [True, True]
+    assert " ".join(texts) == LONG.strip()
+    assert fake.calls[0]["seed"] == 4
+    assert fake.calls[1]["context"] == [(0, texts[0], "codes", len(texts[0]))]
+    seconds = sum(map(len, texts)) * 1920 / 24_000 + 0.35
+    assert len(read_audio("out.wav")[0]) == round(seconds * 24_000)
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[0] == "spoken in 2 pieces (--no-split: in one go)"
+    assert f"{seconds:.2f} s of audio" in captured.out
+    fake.calls.clear()
+    assert cli.main(["generate", LONG, "--no-split"]) == 0
+    assert [call["text"] for call in fake.calls] == [LONG.strip()]
+
+
+def test_what_normalising_changes_is_shown(
+    fake: FakeGenerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", "I have 3 cats."]) == 0
+    assert "said as: I have three cats.\n" in capsys.readouterr().err
+    assert cli.main(["generate", "Ich habe 3 Katzen.", "--language", "de"]) == 0
+    assert "said as: Ich habe drei Katzen.\n" in capsys.readouterr().err
+    assert cli.main(["generate", "I have 3 cats.", "--no-normalise"]) == 0
+    assert cli.main(["generate", "I have  no cats.\n"]) == 0
+    assert "said as" not in capsys.readouterr().err
+    assert [call["text"] for call in fake.calls[:3]] == [
+        "I have three cats.",
+        "Ich habe drei Katzen.",
+        "I have 3 cats.",
+    ]
+    assert cli.main(["generate", "3 " * 900, "--no-split"]) == 0
+    assert max(map(len, capsys.readouterr().err.splitlines())) < 320
+
+
+def test_a_long_turn_of_a_dialogue_is_whole_context_for_the_next(
+    fake: FakeGenerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [(0, LONG), (1, "And you?")]
+    Path("talk.jsonl").write_text(
+        "\n".join(json.dumps({"speaker": s, "text": t}) for s, t in turns)
+    )
+    assert cli.main(["generate", "--dialogue", "talk.jsonl", "--turns-dir", "t"]) == 0
+    assert "turn 1: spoken in 2 pieces" in capsys.readouterr().err
+    pieces = [call["text"] for call in fake.calls[:2]]
+    assert [(s, text) for s, text, _, _ in fake.calls[2]["context"]] == [(0, p) for p in pieces]
+    whole = len(read_audio("t/turn-01.wav")[0])
+    assert whole == sum(map(len, pieces)) * 1920 + 8400
+
+
+def keep_voice(name: str, *speakers: int) -> Voice:
+    codes = np.ones((50, 32), np.int32)
+    voice = Voice(
+        name=name,
+        turns=tuple(VoiceTurn(speaker=n, text="Hi.", codes=codes) for n in speakers),
+        codebook_size=2051,
+        provenance=make_provenance("a test", consent=True),
+    )
+    VoiceLibrary(Path("voices")).add(voice)
+    return voice
+
+
+def test_a_voice_of_the_library(
+    fake: FakeGenerator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    anna, duo = keep_voice("anna", 2), keep_voice("duo", 0, 1)
+    here = ["--voices-dir", "voices"]
+    assert cli.main(["generate", "abc", "--voice", "anna", *here]) == 0
+    assert fake.calls[-1]["voice"].key == anna.key
+    assert fake.calls[-1]["speaker"] == 2
+    monkeypatch.setenv("CSM_JAX_VOICES", "voices")
+    assert cli.main(["generate", "abc", "--voice", "duo", "--speaker", "1"]) == 0
+    assert fake.calls[-1]["voice"].key == duo.key
+    assert fake.calls[-1]["speaker"] == 1
+    for words, said in (
+        (["--voice", "ana"], "did you mean 'anna'?"),
+        (["--voice", "duo"], "has the speakers 0, 1: say which with --speaker"),
+        (["--voice", "anna", "--speaker", "0"], "has no speaker 0"),
+        (["--voice", "../x"], "a voice's name must be"),
+        (here, "--voices-dir goes with --voice"),
+    ):
+        fake.loaded = None
+        assert cli.main(["generate", "abc", *words]) == 2
+        assert said in capsys.readouterr().err
+        assert fake.loaded is None
+
+
+def test_a_mesh(fake: FakeGenerator, capsys: pytest.CaptureFixture[str]) -> None:
+    import jax
+
+    devices = len(jax.devices())
+    assert cli.main(["generate", "abc", "--mesh", f"data={devices}"]) == 0
+    assert fake.loaded is not None
+    assert fake.loaded[1]["mesh"].shape == {"data": devices}
+    fake.loaded = None
+    assert cli.main(["generate", "abc", "--mesh", "data=77"]) == 2
+    assert "takes 77 devices" in capsys.readouterr().err
+    assert fake.loaded is None
+
+
+def test_pieces_drawn_again_are_told(
+    fake: FakeGenerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = LONG.replace("length. ", "silence. ", 1)
+    assert cli.main(["generate", text, "--redraws", "2"]) == 0
+    said = capsys.readouterr().err
+    assert "piece 1 of 2 ended at once, without audio: it is drawn again\n" in said
+    assert "piece 1 of 2 ended at once, without audio and is left out" in said
+    assert len(fake.calls) == 4
+
+
+def test_batch_hands_over_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, demo_model: Path, tmp_path: Path
+) -> None:
+    from csm_jax.corpus import cli as corpus_cli
+
+    asked: list[tuple[Any, Any]] = []
+
+    def run(args: Any, *, open_synthesizer: Any, on_progress: Any) -> int:
+        asked.append((args, cli._interrupt._tidying))
+        synthesizer = open_synthesizer(
+            {
+                "model": str(demo_model),
+                "layout": None,
+                "dtype": "float32",
+                "slots": 2,
+                "redraws": 1,
+                "watermark": False,
+                "watermark_key": (1, 2, 3, 4, 5),
+                "mesh": None,
+            }
+        )
+        assert (synthesizer.settings.slots, synthesizer.settings.redraws) == (2, 1)
+        on_progress()
+        return 3
+
+    monkeypatch.setattr(corpus_cli, "main", run)
+    monkeypatch.setattr(Synthesizer, "warm_up", lambda self: None)
+    assert cli.main(["batch", "rows.jsonl", "--out", str(tmp_path / "corpus")]) == 3
+    [(args, tidying)] = asked
+    assert (args.action, args.manifest) == ("make", Path("rows.jsonl"))
+    assert tidying == 1
+
+
+def test_batch_speaks_a_manifest(
+    demo_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(Synthesizer, "warm_up", lambda self: None)  # all its programs, in minutes
+    rows = [{"id": "a", "text": "Hi.", "max_audio_length_ms": 160}, {"id": "b", "text": ""}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = tmp_path / "corpus"
+    words = ["batch", str(tmp_path / "rows.jsonl"), "--out", str(corpus), "--slots", "2"]
+    words += ["--model", str(demo_model), "--voices", str(tmp_path / "none")]
+    assert cli.main(words) == 3
+    assert "1 of 1 rows" in capsys.readouterr().out
+    assert (corpus / "rejected.jsonl").is_file()
+    assert cli.main(["batch", "verify", str(corpus)]) == 3
+    assert cli.main(["batch", "run", str(tmp_path / "nowhere")]) == 2
+    assert "no corpus is planned" in capsys.readouterr().err
+
+
+def test_voices_are_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = ["--dir", str(tmp_path)]
+    assert cli.main(["voices", "list", *here]) == 0
+    assert cli.main(["voices", "remove", "anna", *here]) == 1
+    assert cli.main(["voices", "remove", "an/na", *here]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("csm-jax: error: a voice's name")
 
 
 def test_no_watermark_is_said(fake: FakeGenerator, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,13 +377,14 @@ def test_dialogue_feeds_each_turn_to_the_next(
     Path("talk.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     words = ["generate", "--dialogue", "talk.jsonl", "--context", "a.wav", "before", "1"]
     assert cli.main([*words, "--turns-dir", "turns", "--seed", "5", "-o", "all.wav"]) == 0
-    before = (1, "before", 24_000, 24_000)
+    before = (1, "before", "24000 Hz", 24_000)
     assert [call["context"] for call in fake.calls] == [
         [before],
-        [before, (0, "ab", 3840, 24_000)],
-        [before, (0, "ab", 3840, 24_000)],  # a turn without audio is no context
+        [before, (0, "ab", "codes", 2)],
+        [before, (0, "ab", "codes", 2)],  # drawn again
+        [before, (0, "ab", "codes", 2)],  # a turn without audio is no context
     ]
-    assert [call["seed"] for call in fake.calls] == [5, 6, 7]
+    assert [call["seed"] for call in fake.calls] == [5, 6, redraw_seed(6, 1), 7]
     assert sorted(os.listdir("turns")) == ["turn-01.wav", "turn-03.wav"]
     assert [len(read_audio(f"turns/turn-0{i}.wav")[0]) for i in (1, 3)] == [3840, 1920]
     said = capsys.readouterr().err
@@ -214,6 +415,7 @@ def test_dropped_context_is_told(fake: FakeGenerator, capsys: pytest.CaptureFixt
     assert "left out the oldest 2 of 3 context turns to fit\n" in capsys.readouterr().err
     assert logging.getLogger("csm_jax.prompt").level == level
     assert logging.getLogger("csm_jax.prompt").handlers == []
+    assert logging.getLogger("csm_jax.long_text").handlers == []
 
 
 def test_a_length_that_the_model_cannot_hold_is_found_by_its_config(
@@ -253,6 +455,10 @@ TALK = ["--dialogue", "talk.jsonl"]
         (["generate", "hi", "-o", "x.mp3"], ".mp3"),
         (["generate", "hi", "-o", "."], "."),
         (["generate", ""], "text is empty"),
+        (["generate", "hi", "--redraws", "-1"], "0 or more"),
+        (["generate", "hi", "--mesh", "model=2"], "the axes are data and tensor"),
+        (["batch"], "MANIFEST | ACTION"),
+        (["voices"], "ACTION"),
         (["generate", "a\x00b"], "control character"),
         (["generate", "hi", "--context", "no.wav", "t", "0"], "no.wav"),
         (["generate", "hi", "--context", "a.wav", "t", "x"], "the speaker must be a whole number"),
@@ -382,7 +588,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "--context first.wav" in text
     assert '{"speaker": 0, "text"' in text
-    for command in ("generate", "convert", "verify", "doctor"):
+    for command in ("generate", "batch", "voices", "convert", "verify", "doctor"):
         assert cli.main([command, "--help"]) == 0
         assert "usage: csm-jax " + command in capsys.readouterr().out
     assert cli.main(["--version"]) == 0
@@ -390,6 +596,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_ctrl_c_ends_a_real_process_cleanly(demo_model: Path, tmp_path: Path) -> None:
     words = ["generate", "A long story.", "--model", str(demo_model), "-o", str(tmp_path / "x.wav")]
+    words += ["--max-audio-length-ms", "90000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "csm_jax", *words],
         cwd=ROOT,

@@ -20,6 +20,7 @@ from csm_jax.prompt import (
     check_text,
     encode_segment,
     encode_text,
+    segment_positions,
 )
 from tests.support.tokenizer import build_tokenizer, write_tokenizer
 
@@ -236,6 +237,62 @@ def test_segment_frames(tokenizer):
     assert not frames[-1].any()
     assert mask[n:, :-1].all()
     assert not mask[n:, -1].any()
+
+
+def coded(frames: int = 3, **changes) -> Segment:
+    codes = CountingCodec().encode(audio(frames))
+    return Segment(**{"speaker": 0, "text": "hello", "codes": codes, **changes})
+
+
+def test_codes_are_what_their_audio_would_be(tokenizer):
+    codec = CountingCodec()
+    for got, expected in zip(
+        encode_segment(tokenizer, codec, coded(), config=CONFIG),
+        encode_segment(tokenizer, CountingCodec(), segment(), config=CONFIG),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, expected)
+    mixed = build(tokenizer, codec, context=[coded(), segment(seed=1), coded(2)])
+    plain = build(tokenizer, context=[segment(), segment(seed=1), segment(2)])
+    np.testing.assert_array_equal(mixed.frames, plain.frames)
+    np.testing.assert_array_equal(mixed.mask, plain.mask)
+    assert len(codec.calls) == 1  # for the one with audio
+
+
+def test_segments_have_as_many_positions_as_frames(tokenizer):
+    for each in (coded(), segment(), segment(2.5), coded(7)):
+        frames, _ = encode_segment(tokenizer, CountingCodec(), each, config=CONFIG)
+        assert segment_positions(tokenizer, each, config=CONFIG) == len(frames)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        (
+            {"audio": np.zeros(1920, np.float32)},
+            ValueError,
+            r"context\[0\] has both audio and codes",
+        ),
+        ({"codes": np.zeros((3, C + 1), np.int32)}, ValueError, r"context\[0\]\.codes: codes must"),
+        ({"codes": np.zeros((3, C))}, TypeError, r"context\[0\]\.codes: codes must be integers"),
+        ({"codes": np.full((3, C), -1)}, ValueError, "lie outside"),
+        ({"codes": np.full((3, C), CONFIG.codebook_size)}, ValueError, "lie outside"),
+        ({"codes": np.zeros((0, C), np.int32)}, ValueError, r"context\[0\]\.codes is empty"),
+        ({"codes": np.zeros((5000, C), np.int32)}, ValueError, r"codes lasts 400\.0 s"),
+        ({"codes": None}, TypeError, r"context\[0\]\.audio must"),
+    ],
+)
+def test_bad_codes_are_named(tokenizer, changes, error, match):
+    with pytest.raises(error, match=match):
+        build(tokenizer, context=[coded(**changes)])
+
+
+def test_codes_are_truncated_like_audio(tokenizer):
+    kept = [segment(3, text="new")]
+    room = CONFIG.backbone.max_seq_len - len(build(tokenizer, context=kept).frames)
+    prompt = build(tokenizer, context=[coded(), *kept], max_frames=room - 1, truncate_context=True)
+    assert prompt.dropped_segments == 1
+    np.testing.assert_array_equal(prompt.frames, build(tokenizer, context=kept).frames)
 
 
 @pytest.mark.parametrize(
