@@ -28,7 +28,7 @@ import numpy as np
 
 from csm_jax.config import CSMConfig
 from csm_jax.generate import Status, check_prompt
-from csm_jax.request import FinishReason, Request, ranks_of, row_settings
+from csm_jax.request import FinishReason, Request, check_settings, ranks_of, row_settings
 from csm_jax.runaway import Flags, RepetitionDetector
 from csm_jax.sampling import rank_sizes
 from csm_jax.slots import Frames, SlotSizes
@@ -175,6 +175,7 @@ class Engine:
             ValueError: The prompt is bad, or does not fit the slots with its frame cap.
         """
         config, sizes = self._device.config, self._device.sizes
+        check_settings(job.request)
         check_prompt(*job.prompt, config=config)
         max_frames = job.request.max_frames
         own = len(job.prompt[0]) + max_frames
@@ -223,26 +224,65 @@ class Engine:
         """Requests that wait for a slot."""
         return len(self._queue)
 
+    @property
+    def free(self) -> int:
+        """Slots that nobody is in."""
+        return len(self._free)
+
     def step(self) -> list[Update]:
         """Returns what is new, having fetched one chunk, filled free slots, and ordered another."""
+        updates = self.collect()
+        self.order()
+        return updates
+
+    def collect(self) -> list[Update]:
+        """Returns what is new, waiting for the oldest chunk that is ordered and not read.
+
+        With look-ahead another is ordered before.
+        """
         if not self._look_ahead:
             self._collect()
-        self._admit()
-        ordered = self._order()
-        if self._look_ahead and (len(self._pending) > 1 or not ordered):
-            self._collect()
+        else:
+            self._admit()
+            if not self._order() or len(self._pending) > 1:
+                self._collect()
         updates, self._updates = self._updates, []
         return updates
+
+    def order(self) -> None:
+        """Fills free slots and orders the next chunk; with look-ahead, `collect` has done so.
+
+        What the caller has given to the device since `collect` comes before that chunk.
+        """
+        if not self._look_ahead:
+            self._admit()
+            self._order()
+
+    def reset(self) -> None:
+        """Empties slots and segments, between requests.
+
+        Raises:
+            RuntimeError: Requests are on their way.
+        """
+        if self._by_ticket:
+            raise RuntimeError("requests are on their way: their slots cannot be emptied")
+        self._pending.clear()
+        self._stopped.clear()
+        self._updates.clear()
+        self._segments = _Segments(self._device.sizes.segments)
+        self._device.reset()
 
     # --- into the slots -------------------------------------------------------------------------
 
     def _admit(self) -> None:
         if self._device.lost and not self._recover():
             return
-        groups: dict[int, list[_Row]] = {}
+        groups: dict[int, dict[_Row, None]] = {}
         for row in self._startable():
-            groups.setdefault(self._device.prefill_size(len(row.job.prompt[0])), []).append(row)
-        for size, rows in sorted(groups.items()):
+            size = self._device.prefill_size(len(row.job.prompt[0]))
+            groups.setdefault(size, {})[row] = None
+        for size, group in sorted(groups.items()):
+            rows = list(group)
             most = self._device.sizes.prefill_group(size)
             for start in range(0, len(rows), most):
                 self._start(rows[start : start + most])
@@ -258,6 +298,8 @@ class Engine:
                 self._end(row, "error", error=str(failure))
                 continue
             if placed:
+                for other in passed:
+                    other.passed += 1
                 row.slot = heapq.heappop(self._free)
                 self._rows[row.slot] = row
                 yield row
@@ -265,9 +307,7 @@ class Engine:
             passed.append(row)
             if row.passed >= _MOST_PASSED or len(passed) > 2 * self._device.sizes.slots:
                 break
-        for row in reversed(passed):
-            row.passed += 1
-            self._queue.appendleft(row)
+        self._queue.extendleft(reversed(passed))
 
     def _place_voice(self, row: _Row) -> bool:
         job = row.job
@@ -292,7 +332,8 @@ class Engine:
         return True
 
     def _start(self, rows: list[_Row]) -> None:
-        rows = [row for row in rows if row.slot >= 0]  # a failure may have sent some back
+        # A failure may have ended some, or sent them back to the queue and here again.
+        rows = [row for row in dict.fromkeys(rows) if self._rows.get(row.slot) is row]
         if not rows:
             return
         stage = "reading the prompt"
@@ -346,9 +387,10 @@ class Engine:
         """Reads the oldest chunk that is ordered and not read."""
         if not self._pending:
             return
-        report, rows = self._pending.popleft()
+        report, rows = self._pending[0]
         try:
             codes, counts, status = report.wait()
+            self._pending.popleft()  # not before: a wait that Ctrl-C ends can be begun again
         except jax.errors.JaxRuntimeError as error:
             self._fail_rows(_reason("making frames", error))
             return

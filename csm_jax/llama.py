@@ -130,8 +130,8 @@ def attend_shared(
     """Returns attention over a row's own positions and those of the segment it has chosen.
 
     Both parts are computed apart, as sums not yet divided and their largest score, and merged by their
-    log-sum-exp. Every row is multiplied with every segment, which is then read once for all rows: with
-    few segments that is cheaper than a copy of its segment for each row. Which segment a voice is in
+    log-sum-exp. In a step of one position every row is multiplied with every segment, which is then read
+    once for all rows: with few segments that is cheaper than a copy of its segment for each row. Which segment a voice is in
     does not change a bit: segments are never summed over, but for one that is not zero.
 
     Args:
@@ -153,12 +153,24 @@ def attend_shared(
     )
     own = product("BKGTS,BKSH->BKGTH", own_weights.astype(v.dtype), v)
 
-    scores = jnp.where(row, product("BTKGH,MKZH->MBKGTZ", q, shared_k), 0.0).sum(axis=0)
+    # A prompt has many steps, for which multiplying with every segment would be dearer than the copy.
+    copies = None
+    if q.shape[1] > 1:
+        place, spec = jnp.argmax(chosen, axis=0), sharding.follow(q, 0, 2, None, None)
+        copies = [x.at[place].get(out_sharding=spec) for x in (shared_k, shared_v)]
+    if copies is not None:
+        scores = product("BTKGH,BKZH->BKGTZ", q, copies[0])
+    else:
+        scores = jnp.where(row, product("BTKGH,MKZH->MBKGTZ", q, shared_k), 0.0).sum(axis=0)
     valid = (chosen[:, :, None] & shared_mask[:, None]).any(axis=0)[:, None, None, None]
     best, weights, mass = _exponentials(scores, valid, q.shape[-1])
     best = jnp.where(valid.any(axis=-1, keepdims=True), best, -jnp.inf)  # no segment, no share
-    every = product("BKGTZ,MKZH->MBKGTH", weights.astype(v.dtype), shared_v)
-    heads = jnp.where(row, every, 0.0).sum(axis=0)
+    weights = weights.astype(v.dtype)
+    if copies is not None:
+        heads = product("BKGTZ,BKZH->BKGTH", weights, copies[1])
+    else:
+        every = product("BKGTZ,MKZH->MBKGTH", weights, shared_v)
+        heads = jnp.where(row, every, 0.0).sum(axis=0)
 
     most = jnp.maximum(own_best, best)
     own_share, share = jnp.exp(own_best - most), jnp.exp(best - most)

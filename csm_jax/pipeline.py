@@ -1,7 +1,7 @@
 """Text to speech: prompt -> frames -> codec -> watermark, for one utterance, a batch or a stream.
 
 `Generator` keeps the signature of Sesame's (`generator.py`) and adds seeds, batches and streams. It is
-a host loop around `csm_jax.generate`; nothing here touches a model's insides. Audio is numpy float32
+a front of `csm_jax.synthesizer`; nothing here touches a model's insides. Audio is numpy float32
 `[W]` at 24 kHz. The watermark is on unless it is turned off by name.
 """
 
@@ -151,8 +151,8 @@ class Generator:
 
         Args:
             requests: What to say; contexts, seeds, settings and lengths may all differ.
-            batch_size: Most rows at a time; longer lists run in groups of this size.
-            on_progress: Called after every chunk with the frames of the longest row of the group.
+            batch_size: Most rows at a time; the others follow as rows end.
+            on_progress: Called after every chunk with the frames of the longest row so far.
 
         Raises:
             ValueError: Bad input in any request, before anything is generated.

@@ -6,9 +6,9 @@
     share    a voice's prompt -> a segment that rows name   one program per prefill bucket
 
 Programs are compiled ahead of time for fixed sizes: `chunk_frames` frames, and `prefill_rows` prompts at a
-time, filled up with empty ones. So nothing compiles while the engine runs, and a row meets the same
-programs whatever happens beside it, which is why its codes do not depend on its neighbours even in the
-last bit. This module knows device arrays and sizes; who sits where is `csm_jax.engine`.
+time, filled up with others. So nothing compiles while the engine runs, and what happens beside a row changes
+nothing it computes with but the read window, which is that of the longest row: on a CPU its codes are the
+same in the last bit even so, and on a device whose products of another size round otherwise, up to that. This module knows device arrays and sizes; who sits where is `csm_jax.engine`.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Report:
 
     def wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the arrays on the host, as soon as they are there."""
-        return np.asarray(self.codes), np.asarray(self.counts), np.asarray(self.status)
+        return jax.device_get((self.codes, self.counts, self.status))
 
 
 class Slots:
@@ -163,8 +163,10 @@ class Slots:
     @property
     def lost(self) -> bool:
         """Whether a failed call has taken the state with it, so that only `reset` helps."""
+        if self._state is None or (self._shared is None and self.sizes.segments):
+            return True
         leaves = jax.tree.leaves((self._state, self._shared))
-        return self._state is None or any(leaf.is_deleted() for leaf in leaves)
+        return any(leaf.is_deleted() for leaf in leaves)
 
     def prefill(self, prompts: Sequence[Frames], segments: Sequence[int]) -> Prefix:
         """Returns the prompts' prefix; at most a group of one prefill bucket.

@@ -92,6 +92,15 @@ class DecodeStage(Generic[K]):
         ]
         self._ready = [part for part in self._ready if part.key != key]
 
+    def start(self) -> None:
+        """Starts calls for all that has come; a later `run` waits for them.
+
+        Raises:
+            jax.errors.JaxRuntimeError: As `run`.
+        """
+        while self._start(full=False):
+            pass
+
     def run(self, *, flush: bool) -> list[Decoded[K]]:
         """Returns the audio of the calls that were started before, and starts new ones.
 

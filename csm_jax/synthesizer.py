@@ -11,12 +11,13 @@ codes and audio depend on its own request alone: every stage runs fixed programs
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import numpy as np
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from csm_jax.array_typing import Params
     from csm_jax.codec import Codec
     from csm_jax.watermark.protocol import Watermarker, WatermarkStream
+
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -137,11 +141,11 @@ def default_settings(
     """
     cpu = jax.default_backend() == "cpu"
     backbone = config.backbone
-    # 512 positions are 20 s of recordings and their text in most cases, and few voices are in use at
-    # a time; every row is scored against all of them (`csm_jax.llama.attend_shared`).
-    positions = min(512, backbone.max_seq_len)
+    # 256 positions are 15 s of recordings and their words. Few segments, because every row of every frame
+    # is multiplied with all of them (`csm_jax.llama.attend_shared`): 8 of 512 cost a CPU 17 % of a frame.
+    positions = min(256, backbone.max_seq_len)
     numbers = 2 * backbone.num_layers * backbone.num_kv_heads * backbone.head_dim * positions
-    segments = min(8, voice_bytes // (numbers * (itemsize or (4 if cpu else 2))))
+    segments = min(2 if cpu else 8, voice_bytes // (numbers * (itemsize or (4 if cpu else 2))))
     return SynthesizerSettings(
         slots=slots,
         capacity=capacity or backbone.max_seq_len,
@@ -250,7 +254,8 @@ class Synthesizer:
             exhausted = False
             while not exhausted or ours:
                 # A few ahead, so that a slot never waits for a prompt to be made.
-                while not exhausted and self._engine.queued <= self.settings.slots // 2:
+                most = self._engine.free + self.settings.slots // 2
+                while not exhausted and self._engine.queued <= most:
                     try:
                         id, request = next(source)
                     except StopIteration:
@@ -284,10 +289,13 @@ class Synthesizer:
         """
         ticket = self.submit(request, streamed=True)
         arrived = self._readers[ticket] = deque()
-        return self._stream(ticket, arrived)
+        stream = self._stream(ticket, arrived)
+        next(stream)  # closing a generator that was never begun would not cancel
+        return stream
 
     def _stream(self, ticket: int, arrived: deque[Piece | Result]) -> Iterator[np.ndarray]:
         try:
+            yield np.zeros(0, np.float32)  # to `stream`
             while arrived or ticket in self._tasks:
                 if not arrived:
                     self._step()
@@ -384,8 +392,9 @@ class Synthesizer:
             RuntimeError: Requests are on their way; it would empty their slots.
             jax.errors.JaxRuntimeError: The device has too little memory.
         """
-        if self._engine.busy:
+        if self._tasks:
             raise RuntimeError("requests are on their way: warm up before the first")
+        self._engine.reset()  # what it knows of segments is gone with them
         self._slots.warm_up()
         codes = np.zeros((1, self.config.num_codebooks), np.int32)
         for stage in (self._whole, self._streamed):
@@ -418,7 +427,7 @@ class Synthesizer:
 
     def _pump(self, *, flush: bool) -> list[tuple[int, Piece | Result]]:
         outputs: list[tuple[int, Piece | Result]] = []
-        for update in self._engine.step():
+        for update in self._engine.collect():
             ticket = self._by_engine.get(update.ticket)
             if ticket is None:  # cancelled
                 continue
@@ -438,9 +447,14 @@ class Synthesizer:
                     self._whole.push(ticket, np.concatenate(task.codes), last=True)
                 else:
                     outputs.append((ticket, self._finish(ticket, np.zeros(0, np.float32))))
+        # A stream's frames before the next chunk, behind which somebody would wait for them.
+        self._run_stage(self._streamed, DecodeStage.start, outputs)
+        self._engine.order()
         flush = flush or not self._engine.busy
-        outputs += self._finished(self._run_stage(self._whole, flush=flush, outputs=outputs))
-        outputs += self._pieces(self._run_stage(self._streamed, flush=True, outputs=outputs))
+        whole = functools.partial(DecodeStage.run, flush=flush)
+        outputs += self._finished(self._run_stage(self._whole, whole, outputs) or [])
+        streamed = functools.partial(DecodeStage.run, flush=True)
+        outputs += self._pieces(self._run_stage(self._streamed, streamed, outputs) or [])
         return outputs
 
     # --- behind the engine ----------------------------------------------------------------------
@@ -463,15 +477,15 @@ class Synthesizer:
     def _run_stage(
         self,
         stage: DecodeStage[int],
-        *,
-        flush: bool,
+        call: Callable[[DecodeStage[int]], R],
         outputs: list[tuple[int, Piece | Result]],
-    ) -> list[Decoded[int]]:
+    ) -> R | None:
+        """Returns what a call of a stage gives; None if there is nothing to do, or it fails."""
         if not stage.busy:
-            return []
+            return None
         try:
-            return stage.run(flush=flush)
-        except jax.errors.JaxRuntimeError as error:
+            return call(stage)
+        except (RuntimeError, ValueError) as error:  # of JAX, or of another codec
             # What was on its way through the codec is lost with its state; the rest goes on.
             for ticket in stage.unfinished():
                 if ticket in self._tasks:
@@ -481,7 +495,7 @@ class Synthesizer:
                 self._whole = self._new_whole()
             else:
                 self._streamed = self._new_streamed()
-            return []
+            return None
 
     def _finished(self, decoded: Sequence[Decoded[int]]) -> list[tuple[int, Result]]:
         """Returns the results of whole utterances whose audio has come."""

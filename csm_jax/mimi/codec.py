@@ -50,6 +50,7 @@ class JaxMimi:
         self.config = config
         self._num_codebooks = config.num_codebooks if num_codebooks is None else num_codebooks
         self._params = model.prepare(params, num_codebooks=self._num_codebooks, config=config)
+        self._on_meshes: dict[jax.sharding.Mesh, Params] = {}
 
     @property
     def sample_rate(self) -> int:
@@ -114,6 +115,14 @@ class JaxMimi:
         """Returns rows that decode side by side, always with one program."""
         return MimiRows(self, rows, frames)
 
+    def _placed(self, mesh: jax.sharding.Mesh | None) -> Params:
+        """Returns the weights for the mesh that is set: copied there once, not at every call."""
+        if mesh is None:
+            return self._params
+        if mesh not in self._on_meshes:
+            self._on_meshes[mesh] = jax.tree.map(sharding.replicate, self._params)
+        return self._on_meshes[mesh]
+
     def _check_codes(self, codes: np.ndarray) -> np.ndarray:
         return check_codes(
             codes, num_codebooks=self.num_codebooks, codebook_size=self.codebook_size
@@ -158,11 +167,8 @@ class MimiRows:
         self.rows, self.frames = rows, frames
         self._codec = codec
         self._mesh, self._rules = sharding.current_mesh(), sharding.current_rules()
-        # Copied to the mesh once, not at every call.
-        self._params = codec._params
-        if self._mesh is not None:
-            self._params = jax.tree.map(sharding.replicate, codec._params)
-        self._state = model.init_decode_state(codec.config, batch=rows)
+        # Made when it is first needed: 8 MB for each row of the published size.
+        self._state: model.State | None = None
 
     def begin(
         self, codes: Mapping[int, np.ndarray], fresh: Collection[int]
@@ -185,10 +191,13 @@ class MimiRows:
         chosen = np.zeros(self.rows, bool)
         chosen[list(fresh)] = True
         with sharding.on(self._mesh, self._rules):
+            params = codec._placed(self._mesh)
+            if self._state is None:
+                self._state = model.init_decode_state(codec.config, batch=self.rows)
             if fresh:
                 self._state = _reset(self._state, _split(chosen))
             audio, self._state = model.decode_frames(
-                self._params, self._state, _split(piece), _split(counts), config=codec.config
+                params, self._state, _split(piece), _split(counts), config=codec.config
             )
             audio = sharding.readable(audio)
         size = codec.config.samples_per_frame

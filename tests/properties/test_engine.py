@@ -27,7 +27,7 @@ def jobs() -> list[Job]:
             seed,
             frames=rng.randint(1, 30),
             text=rng.randint(1, 8),
-            audio=rng.choice([0, 0, 3, 40]),
+            audio=rng.choice([0, 0, 3, 40, 245]),  # the last are read in the next larger window
             voice=rng.choice([None, None, 0, 1, 2, 3]),
             temperature=rng.choice([0.0, 0.9, 1.5]),
             topk=rng.choice([0, 2, 50]),
@@ -48,7 +48,7 @@ def devices() -> dict[int, Slots]:
         made[chunk] = Slots(
             CONFIG,
             params_of(CONFIG),
-            sizes(slots=5, chunk_frames=chunk, segments=2, segment_capacity=64),
+            sizes(slots=5, capacity=512, chunk_frames=chunk, segments=2, segment_capacity=64),
         )
         made[chunk].warm_up()
     return made

@@ -331,7 +331,7 @@ def test_audio_is_fetched_while_the_next_chunk_is_made(
     pieces = list(generator.stream("Hello.", 0, max_audio_length_ms=480, chunk_frames=2))
     assert [len(piece) for piece in pieces] == [2 * SAMPLES] * 3
     # Nothing is made in vain: three chunks for six frames.
-    assert seen == ["make", "make", "begin", "fetch", "make", "begin", "fetch", "begin", "fetch"]
+    assert seen == ["make", "begin", "make", "fetch", "begin", "make", "fetch", "begin", "fetch"]
 
 
 # --- from a directory -------------------------------------------------------------------------

@@ -98,3 +98,35 @@ def test_the_windows_end_at_the_capacity() -> None:
     assert made.windows == [256, 512, 700]
     assert made.prefills == [32, 64, 128, 256, 512, 1024]
     assert isinstance(made.sizes, SlotSizes)
+
+
+def test_what_the_engine_knows_of_segments_goes_with_them() -> None:
+    device = Slots(CONFIG, params_of(CONFIG), sizes(segments=1, segment_capacity=32))
+    engine = Engine(device, look_ahead=False, stop_repetition=False)
+    first = engine.submit(job(CONFIG, 3, voice=0))
+    want = drain(engine).of(first)
+    engine.reset()
+    device.warm_up()
+    again = engine.submit(job(CONFIG, 3, voice=0))
+    np.testing.assert_array_equal(drain(engine).of(again), want)
+    engine.submit(job(CONFIG, 3))
+    with pytest.raises(RuntimeError, match="on their way"):
+        engine.reset()
+
+
+def test_settings_out_of_range_are_refused_before_a_slot_is_taken() -> None:
+    engine = Engine(
+        Slots(CONFIG, params_of(CONFIG), sizes()), look_ahead=False, stop_repetition=False
+    )
+    with pytest.raises(ValueError, match="temperature"):
+        engine.submit(job(CONFIG, 0, temperature=-1.0))
+    assert not engine.busy
+
+
+def test_a_device_is_lost_while_a_part_of_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Slots(CONFIG, params_of(CONFIG), sizes(segments=1, segment_capacity=32))
+    assert not device.lost
+    monkeypatch.setattr(device, "_new_shared", lambda: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        device.reset()
+    assert device.lost

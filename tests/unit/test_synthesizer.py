@@ -126,6 +126,12 @@ def test_a_stream_is_the_whole_in_pieces(alone: list[Result]) -> None:
     assert_same(result, alone[0].codes, offset=1)
 
 
+def test_a_stream_that_is_closed_before_it_is_heard_is_given_up() -> None:
+    synthesizer = make()
+    synthesizer.stream(MIXED[0]).close()  # pyright: ignore
+    assert_idle(synthesizer)
+
+
 def test_iterators_that_take_turns_do_not_take_each_other_s_results(alone: list[Result]) -> None:
     synthesizer = make()
     first, second = synthesizer.stream(MIXED[0]), synthesizer.stream(MIXED[1])
