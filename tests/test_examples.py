@@ -65,9 +65,9 @@ def test_shard(run: Callable[..., str], demo_model: Path) -> None:
 
 
 def test_research(run: Callable[..., str], tmp_path: Path) -> None:
-    words = ("--rule", "mlp=none", "--trace", str(tmp_path / "trace"))
+    words = ("--rule", "mlp=none", "--rule", "decoder_mlp=none", "--trace", str(tmp_path / "trace"))
     out = run("research.py", *words)
-    before, after = out.split("with {'mlp': None}")
+    before, after = out.split("with {'mlp': None, 'decoder_mlp': None}")
     assert "(text_vocab, embed) as P('tensor', None)" in before
     assert "(mlp, embed) as P('tensor', None)" in before
     assert "(mlp, embed) as P(None, None)" in after

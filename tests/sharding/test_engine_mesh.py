@@ -144,7 +144,8 @@ def test_the_text_table_is_split_and_looked_up_where_it_is() -> None:
 
 def test_rules_of_ones_own_change_the_split_and_not_the_codes(expected: list[np.ndarray]) -> None:
     mesh = mesh_of(SHAPES["4x2"])
-    with sharding.use_rules({"mlp": None, "audio_rows": "tensor", "batch": None}):
+    changes = {"mlp": None, "decoder_mlp": None, "audio_rows": "tensor", "batch": None}
+    with sharding.use_rules(changes):
         rules = dict(sharding.current_rules())
         slots = slots_of(CONFIG, mesh)
     assert (rules["mlp"], rules["heads"]) == (None, "tensor")
