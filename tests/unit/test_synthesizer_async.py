@@ -501,16 +501,16 @@ def test_what_fails_on_its_way_is_a_result_or_ends_its_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     synthesizer = make()
-    push = synthesizer._engine.step
+    push = synthesizer._engine.collect
 
-    def step() -> Any:
+    def collect() -> Any:
         updates = push()
         for update in updates:
             object.__setattr__(update, "error", "planted")
             object.__setattr__(update, "finish_reason", "error")
         return updates
 
-    monkeypatch.setattr(synthesizer._engine, "step", step)
+    monkeypatch.setattr(synthesizer._engine, "collect", collect)
 
     async def main() -> None:
         async with AsyncSynthesizer(synthesizer) as shared:
