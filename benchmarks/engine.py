@@ -53,12 +53,8 @@ from csm_jax.model import frame_cost, init_params, num_params  # noqa: E402
 from csm_jax.prompt import TextTokenizer  # noqa: E402
 from csm_jax.request import Request  # noqa: E402
 from csm_jax.stages import DecodeStage  # noqa: E402
-from csm_jax.synthesizer import (  # noqa: E402
-    Result,
-    Synthesizer,
-    SynthesizerSettings,
-    default_settings,
-)
+from csm_jax.synthesizer import Result, Synthesizer  # noqa: E402
+from csm_jax.synthesizer_settings import SynthesizerSettings, default_settings  # noqa: E402
 from csm_jax.watermark import JaxWatermarker  # noqa: E402
 from csm_jax.watermark_key import DEFAULT_KEY  # noqa: E402
 from tests.support import demo, tokenizer  # noqa: E402

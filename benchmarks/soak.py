@@ -32,7 +32,8 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from csm_jax import Request, load_csm_1b  # noqa: E402
-from csm_jax.synthesizer import Result, Synthesizer, default_settings  # noqa: E402
+from csm_jax.synthesizer import Result, Synthesizer  # noqa: E402
+from csm_jax.synthesizer_settings import default_settings  # noqa: E402
 from csm_jax.voices import Voice, VoiceTurn  # noqa: E402
 from tests.support.demo import build  # noqa: E402
 

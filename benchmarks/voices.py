@@ -37,7 +37,7 @@ from csm_jax.model import init_params, num_params  # noqa: E402
 from csm_jax.prompt import TextTokenizer  # noqa: E402
 from csm_jax.request import Request  # noqa: E402
 from csm_jax.slots import Frames, Slots, SlotSizes  # noqa: E402
-from csm_jax.synthesizer import default_settings  # noqa: E402
+from csm_jax.synthesizer_settings import default_settings  # noqa: E402
 from csm_jax.voices import Voice, VoiceTurn  # noqa: E402
 from tests.support import tokenizer  # noqa: E402
 from tests.support.codec import PlainCodec  # noqa: E402

@@ -114,7 +114,7 @@ def _batch(args: argparse.Namespace) -> int:
 
 def _open_synthesizer(settings: Mapping[str, Any]) -> Synthesizer:
     from csm_jax import pipeline, sharding
-    from csm_jax.synthesizer import default_settings
+    from csm_jax.synthesizer_settings import default_settings
 
     mesh = None if settings["mesh"] is None else sharding.parse_mesh(settings["mesh"])
     started = time.perf_counter()

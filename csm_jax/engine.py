@@ -31,6 +31,7 @@ from csm_jax.generate import Status, check_prompt
 from csm_jax.request import FinishReason, Request, check_settings, ranks_of, row_settings
 from csm_jax.runaway import Flags, RepetitionDetector
 from csm_jax.sampling import rank_sizes
+from csm_jax.segments import SegmentTable
 from csm_jax.slots import Frames, SlotSizes
 
 logger = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ class Engine:
         self._by_ticket: dict[int, _Row] = {}
         self._free = list(range(device.sizes.slots))  # a heap: the lowest free slot comes first
         self._stopped: set[int] = set()  # slots that still run for requests that were given up
-        self._segments = _Segments(device.sizes.segments)
+        self._segments = SegmentTable(device.sizes.segments)
         self._pending: deque[tuple[Any, list[_Row]]] = deque()
         self._updates: list[Update] = []
 
@@ -269,7 +270,7 @@ class Engine:
         self._pending.clear()
         self._stopped.clear()
         self._updates.clear()
-        self._segments = _Segments(self._device.sizes.segments)
+        self._segments = SegmentTable(self._device.sizes.segments)
         self._device.reset()
 
     # --- into the slots -------------------------------------------------------------------------
@@ -478,7 +479,7 @@ class Engine:
             row.slot, row.ordered, row.repeated = -1, 0, row.emitted
             self._queue.appendleft(row)
         self.stats.restarted += len(rows)
-        self._segments = _Segments(self._device.sizes.segments)
+        self._segments = SegmentTable(self._device.sizes.segments)
         try:
             self._device.reset()
         except jax.errors.JaxRuntimeError as error:
@@ -492,34 +493,6 @@ class Engine:
 
 class _Failed(Exception):
     """A row cannot be started."""
-
-
-class _Segments:
-    """Which voice is in which segment, and how many rows use it."""
-
-    def __init__(self, count: int) -> None:
-        self._keys: list[str | None] = [None] * count
-        self._users = [0] * count
-        self._last_use = [0] * count
-        self._clock = itertools.count(1)
-
-    def find(self, key: str) -> int | None:
-        return self._keys.index(key) if key in self._keys else None
-
-    def unused(self) -> int | None:
-        """Returns the segment nobody has used for the longest time."""
-        idle = [i for i, users in enumerate(self._users) if not users]
-        return min(idle, key=self._last_use.__getitem__, default=None)
-
-    def put(self, segment: int, key: str | None) -> None:
-        self._keys[segment] = key
-
-    def use(self, segment: int) -> None:
-        self._users[segment] += 1
-        self._last_use[segment] = next(self._clock)
-
-    def release(self, segment: int) -> None:
-        self._users[segment] -= 1
 
 
 def _reason(stage: str, error: Exception) -> str:

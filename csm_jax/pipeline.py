@@ -28,13 +28,8 @@ from csm_jax.model import param_shardings
 from csm_jax.prompt import Segment, TextTokenizer
 from csm_jax.request import Request, as_requests
 from csm_jax.slots import Programs
-from csm_jax.synthesizer import (
-    Result,
-    SynthesisError,
-    Synthesizer,
-    SynthesizerSettings,
-    default_settings,
-)
+from csm_jax.synthesizer import Result, SynthesisError, Synthesizer
+from csm_jax.synthesizer_settings import SynthesizerSettings, default_settings
 from csm_jax.watermark_key import DEFAULT_KEY, check_key
 
 if TYPE_CHECKING:
@@ -282,7 +277,7 @@ class Generator:
         be on it.
 
         Args:
-            settings: For example `csm_jax.synthesizer.default_settings(generator.config, slots=32)`.
+            settings: For example `csm_jax.synthesizer_settings.default_settings(generator.config, slots=32)`.
 
         Raises:
             ValueError: The settings do not fit the model or the mesh.

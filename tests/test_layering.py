@@ -25,8 +25,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("generate", "prompt", "weights", "hub"),
     # A watermark is its files as much as its networks, so it stands below the weights, and below it
     # the bridge, which lends it (and the codec) networks of torch.
-    ("slots", "stages", "voices", "watermark"),
-    ("request", "bridge"),
+    ("slots", "segments", "stages", "voices", "watermark"),
+    ("request", "bridge", "synthesizer_settings"),
     ("engine",),
     ("jobs",),
     ("synthesizer",),

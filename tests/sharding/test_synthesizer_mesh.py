@@ -16,7 +16,8 @@ from csm_jax.mimi.params import init_params
 from csm_jax.model import param_shardings
 from csm_jax.prompt import TextTokenizer
 from csm_jax.request import Request
-from csm_jax.synthesizer import Synthesizer, SynthesizerSettings
+from csm_jax.synthesizer import Synthesizer
+from csm_jax.synthesizer_settings import SynthesizerSettings
 from csm_jax.voices import Voice
 from tests.support.mesh import SHAPES, SIZES, mesh_of, split_config
 from tests.support.model import params_of

@@ -17,7 +17,8 @@ from csm_jax.pipeline import Generator
 from csm_jax.prompt import Segment, TextTokenizer
 from csm_jax.request import Request
 from csm_jax.slots import Programs, SlotSizes
-from csm_jax.synthesizer import Result, Synthesizer, SynthesizerSettings
+from csm_jax.synthesizer import Result, Synthesizer
+from csm_jax.synthesizer_settings import SynthesizerSettings
 from csm_jax.voices import Voice, VoiceTurn
 from tests.support.codec import PlainCodec
 from tests.support.model import params_of, short_config
