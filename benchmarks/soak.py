@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
                 samples.append(sample(synthesizer, started))
             ended += round_of_load(synthesizer, rng, source)
             if args.leak == "host":
-                leaked.append(np.ones(2**17, np.uint8))
+                leaked.append(np.ones(2**22, np.uint8))
             elif args.leak == "device":
                 leaked.append(jax.numpy.ones(16))
         samples.append(sample(synthesizer, started))
