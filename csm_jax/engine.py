@@ -10,7 +10,7 @@ in vain, and the caller still works on chunk n's codes while chunk n+1 is made.
 
 An engine knows prompts and codes, neither text nor audio (`csm_jax.synthesizer` does). It belongs to one
 thread. What a device failure hits fails with a reason; rows that only lost their state start again, and
-since a row's codes depend on its request alone, nobody sees a difference.
+what they have given already is not given twice.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@
 Programs are compiled ahead of time for fixed sizes: `chunk_frames` frames, and `prefill_rows` prompts at a
 time, filled up with others. So nothing compiles while the engine runs, and what happens beside a row changes
 nothing it computes with but the read window, which is that of the longest row: on a CPU its codes are the
-same in the last bit even so, and on a device whose products of another size round otherwise, up to that. This module knows device arrays and sizes; who sits where is `csm_jax.engine`.
+same in the last bit even so, and on a device whose products of another size round otherwise, up to that.
+This module knows device arrays and sizes; who sits where is `csm_jax.engine`.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
                                    one `pump`: a chunk of each
 
 `run` takes any number of requests and yields their results as they end; `stream` yields one request's
-audio while it is made; `csm_jax.synthesizer_async` does both for many callers of one event loop. A row's
-codes and audio depend on its own request alone: every stage runs fixed programs.
+audio while it is made; `csm_jax.synthesizer_async` does both for many callers of one event loop. What a
+row becomes depends on its own request, as far as `csm_jax.slots` says: every stage runs fixed programs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from csm_jax.array_typing import Params
     from csm_jax.codec import Codec
     from csm_jax.watermark.protocol import Watermarker, WatermarkStream
-
 
 R = TypeVar("R")
 
