@@ -32,7 +32,7 @@ from csm_jax.sampling import SamplingParams, frame_keys
 
 PREFILL_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048)
 """Prompt lengths that are compiled; a prompt is padded to the next."""
-WINDOW_BUCKETS = (256, 512, 1024, 2048)
+WINDOW_BUCKETS = (128, 256, 512, 1024, 2048)
 """Read windows that are compiled; a step reads the first that covers the longest running row."""
 
 

@@ -106,15 +106,15 @@ def attend(
     v: Float[Array, "B K S H"],
     mask: Bool[Array, "#B T S"],
 ) -> Float[Array, "B T K G H"]:
-    """Returns softmax(q·k / sqrt(H)) · v over the positions where `mask` holds, softmax in float32."""
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    scores = jnp.einsum(
-        "BTKGH,BKSH->BKGTS", q, k, precision=precision, preferred_element_type=jnp.float32
-    )
-    scores = scores * (q.shape[-1] ** -0.5)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v, precision=precision)
+    """Returns softmax(q·k / sqrt(H)) · v over the positions where `mask` holds, softmax in float32.
+
+    The sum is divided after the product with the values: H numbers a query, not S.
+    """
+    product = _product(q)
+    scores = product("BTKGH,BKSH->BKGTS", q, k)
+    _, weights, mass = _exponentials(scores, mask[:, None, None], q.shape[-1])
+    heads = product("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v) / mass
+    return jnp.transpose(heads, (0, 3, 1, 2, 4)).astype(v.dtype)
 
 
 def attend_shared(
@@ -144,8 +144,7 @@ def attend_shared(
         shared_mask: Which of them are valid.
         chosen: Each row's segment, if any.
     """
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    product = _product(q)
     row = chosen[:, :, None, None, None, None]
 
     own_best, own_weights, own_mass = _exponentials(
@@ -178,10 +177,17 @@ def attend_shared(
     return jnp.transpose(merged, (0, 3, 1, 2, 4)).astype(v.dtype)
 
 
+def _product(q: Array) -> Callable[[str, Array, Array], Array]:
+    """Returns an einsum into float32, exact for float32 operands."""
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    return functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+
+
 def _exponentials(scores: Array, mask: Array, head_dim: int) -> tuple[Array, Array, Array]:
     """Returns the largest score, exp(score - largest) of all, and their sum."""
     scores = jnp.where(mask, scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
-    best = scores.max(axis=-1, keepdims=True)
+    # The result does not depend on it, so neither does a gradient.
+    best = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - best)
     return best, weights, weights.sum(axis=-1, keepdims=True)
 
