@@ -13,7 +13,6 @@ between two calls of their backbone. The last line printed is the whole result a
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -32,6 +31,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+from benchmarks.report import report  # noqa: E402
 from csm_jax import generate  # noqa: E402
 from csm_jax.array_typing import Params  # noqa: E402
 from csm_jax.config import FRAME_MS, CSMConfig, csm_1b, default_dtype, tiny  # noqa: E402
@@ -304,6 +304,32 @@ def compare(args: argparse.Namespace, rows: int, weights: dict[str, Any]) -> dic
     return result
 
 
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the figures of this machine, of starting up and of every batch size."""
+    import torch
+
+    from tests.parity import inputs
+
+    config = SIZES[args.size]()
+    result: dict[str, Any] = {
+        "size": args.size,
+        "params": num_params(config),
+        "machine": machine(),
+        "startup": startup(args.size, args.dtype, prompt=args.prompt),
+        "read_bandwidth": read_bandwidth(1.0 if args.size == "csm_1b" else 0.25),
+    }
+    wanted = {args.dtype} | {name.partition("-")[2] for name in args.reference}
+    made = inputs.random_weights(config, seed=0, dtype=torch.float32)
+    weights = {
+        dtype: made
+        if dtype == "float32"
+        else {name: x.to(getattr(torch, dtype)) for name, x in made.items()}
+        for dtype in wanted
+    }
+    result["batches"] = [compare(args, rows, weights) for rows in args.batch]
+    return result
+
+
 def card(result: dict[str, Any]) -> str:
     """Returns the result for people."""
     bandwidth = result["read_bandwidth"]
@@ -360,38 +386,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark and prints a card and one JSON line."""
     args = parse(argv)
-    config = SIZES[args.size]()
     if args.only_compile:
-        print(compile_all(config, args.dtype, rows=1, prompt=args.prompt))
+        print(compile_all(SIZES[args.size](), args.dtype, rows=1, prompt=args.prompt))
         return
-    import torch
-
-    from tests.parity import inputs
-
-    result: dict[str, Any] = {
-        "size": args.size,
-        "params": num_params(config),
-        "machine": machine(),
-        "command": "python benchmarks/bench.py " + " ".join(argv or sys.argv[1:]),
-        "startup": startup(args.size, args.dtype, prompt=args.prompt),
-        "read_bandwidth": read_bandwidth(1.0 if args.size == "csm_1b" else 0.25),
-        "batches": [],
-    }
-    wanted = {args.dtype} | {name.partition("-")[2] for name in args.reference}
-    made = inputs.random_weights(config, seed=0, dtype=torch.float32)
-    weights = {
-        dtype: made
-        if dtype == "float32"
-        else {name: x.to(getattr(torch, dtype)) for name, x in made.items()}
-        for dtype in wanted
-    }
-    for rows in args.batch:
-        result["batches"].append(compare(args, rows, weights))
-    print(card(result))
-    line = json.dumps(result)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(line)
+    report("bench", lambda: measure(args), card, argv=argv, path=args.json)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import resource
 import sys
 import tempfile
@@ -41,6 +40,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks.bench import SIZES, WINDOW, machine, read_bandwidth, timed  # noqa: E402
+from benchmarks.report import report  # noqa: E402
 from benchmarks.slot_use import CHARACTERS_PER_S, lognormal_seconds  # noqa: E402
 from csm_jax.array_typing import Params  # noqa: E402
 from csm_jax.audio import write_audio  # noqa: E402
@@ -419,17 +419,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Prints a card and one JSON line, and returns the result."""
     args = parse(argv)
     with tempfile.TemporaryDirectory() as scratch:
-        begun = time.perf_counter()
-        result = measure(args, Path(scratch))
-    result["command"] = "python benchmarks/engine.py " + " ".join(
-        sys.argv[1:] if argv is None else argv
-    )
-    result["took_s"] = time.perf_counter() - begun
-    print(card(result))
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return result
+        return report(
+            "engine", lambda: measure(args, Path(scratch)), card, argv=argv, path=args.json
+        )
 
 
 if __name__ == "__main__":

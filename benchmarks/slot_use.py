@@ -16,7 +16,6 @@ The host's own work per chunk is measured, not simulated. The last line is the w
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ sys.path.insert(0, str(ROOT))  # the simulated device lives with the tests
 
 import numpy as np  # noqa: E402
 
+from benchmarks.report import report  # noqa: E402
 from csm_jax.config import FRAME_MS, csm_1b  # noqa: E402
 from csm_jax.engine import Engine  # noqa: E402
 from csm_jax.runaway import frame_cap  # noqa: E402
@@ -285,12 +285,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args(argv)
-    result = measure(args)
-    print(card(result))
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return result
+    return report("slot_use", lambda: measure(args), card, argv=argv, path=args.json)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,8 @@ counts its own. The last line printed is the whole result as JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ sys.path.insert(0, str(ROOT))  # the random weights live with the tests
 import numpy as np  # noqa: E402
 
 from benchmarks.bench import machine, timed  # noqa: E402
+from benchmarks.report import report  # noqa: E402
 from csm_jax.audio import resample  # noqa: E402
 from csm_jax.config import SAMPLE_RATE  # noqa: E402
 from csm_jax.watermark import JaxWatermarker, Watermarker  # noqa: E402
@@ -110,6 +109,7 @@ def measure(
                 laps[name].append(lap)
     best = {name: min(done) for name, done in laps.items()}
     return {
+        "machine": machine(),
         "seconds": seconds,
         "rounds": rounds,
         "compile_embed_s": compile_s,
@@ -156,17 +156,15 @@ def main(argv: list[str] | None = None) -> None:
             from tests.support import silentcipher
 
             directory = silentcipher.write_random(Path(scratch) / "random")
-        started = time.perf_counter()
-        result = measure(
-            directory, seconds=args.seconds, rounds=args.rounds, reference=args.reference
+        report(
+            "watermark",
+            lambda: measure(
+                directory, seconds=args.seconds, rounds=args.rounds, reference=args.reference
+            ),
+            card,
+            argv=argv,
+            path=None,
         )
-    result |= {
-        "machine": machine(),
-        "command": "python benchmarks/watermark.py " + " ".join(argv or sys.argv[1:]),
-        "took_s": time.perf_counter() - started,
-    }
-    print(card(result))
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ _MIN_RATE, _MAX_RATE = 1_000, 768_000
 _PHASES_PER_GROUP = 256  # bounds the filter bank of awkward ratios such as 47,999 to 24,000
 _GATHER_ELEMENTS = 1 << 22  # samples copied into one matrix product: 16 MiB
 
-_FORMATS = {".wav": "WAV", ".flac": "FLAC"}
+_FORMATS: dict[str, Literal["WAV", "FLAC"]] = {".wav": "WAV", ".flac": "FLAC"}
 _MAX_PEAK = 100.0  # far above any float recording, far below unscaled 16-bit samples
 _READ_BLOCK = 1 << 18
 # In libsndfile's notes on a WAV, AIFF or AU file: the bytes its header promises, and those that are there.
@@ -244,7 +244,7 @@ def read_audio(
                 # A note is seen where the call is written: in Python, not on the command line.
                 error.add_note('or average the channels: read_audio(path, mono="mean")')
                 raise error
-            _check_promise(path, file.extra_info)
+            check_promise(path, file.extra_info)
             budget = int(max_duration_s * rate)
             too_long = f"{path} is longer than the {max_duration_s:g} s allowed; cut it"
             if 0 < budget < file.frames < 1 << 62:  # unknown lengths are reported as 2**63 - 1
@@ -268,7 +268,16 @@ def read_audio(
     )
 
 
-def _check_promise(path: Path, notes: str) -> None:
+def check_promise(path: str | Path, notes: str) -> None:
+    """Checks that the audio that a header promises is there.
+
+    Args:
+        path: What the error calls it.
+        notes: libsndfile's on the opened file (`extra_info`).
+
+    Raises:
+        ValueError: Some of it is missing.
+    """
     found = _PROMISED_BYTES.search(notes)
     if found is None:
         return
@@ -325,6 +334,21 @@ def _cannot_write(path: str | os.PathLike[str], error: OSError) -> OSError:
     return type(error)(error.errno, f"cannot write {path}: {error.strerror or error}")
 
 
+def encode_audio(samples: np.ndarray, rate: int, kind: Literal["WAV", "FLAC"]) -> bytes:
+    """Returns a 16-bit file of checked mono samples, those beyond -1..1 clipped.
+
+    In memory: in the middle of a file, the library would meet a full disk in a callback.
+
+    Raises:
+        soundfile.LibsndfileError: The format cannot say this rate.
+    """
+    import soundfile
+
+    encoded = io.BytesIO()
+    soundfile.write(encoded, np.clip(samples, -1.0, 1.0), rate, format=kind, subtype="PCM_16")
+    return encoded.getvalue()
+
+
 def write_audio(path: str | os.PathLike[str], audio: Any, rate: int) -> None:
     """Writes mono audio as 16-bit WAV or FLAC, by the suffix of `path`.
 
@@ -344,19 +368,17 @@ def write_audio(path: str | os.PathLike[str], audio: Any, rate: int) -> None:
     rate = check_rate(rate, "rate")
     empty = getattr(audio, "shape", None) == (0,)
     samples = np.zeros(0, np.float32) if empty else check_audio(audio, "audio")
-    # Encoded in memory: in the middle of a file, the library would meet a full disk in a callback.
-    encoded, kind = io.BytesIO(), _FORMATS[Path(path).suffix.lower()]
     try:
-        soundfile.write(encoded, np.clip(samples, -1.0, 1.0), rate, format=kind, subtype="PCM_16")
+        encoded = encode_audio(samples, rate, _FORMATS[Path(path).suffix.lower()])
     except soundfile.LibsndfileError as error:
         raise OSError(f"cannot write {path}: {error.error_string}") from error
     try:
-        _place(target, encoded.getbuffer())
+        _place(target, encoded)
     except OSError as error:
         raise _cannot_write(path, error) from error
 
 
-def _place(target: Path, data: memoryview) -> None:
+def _place(target: Path, data: bytes) -> None:
     temporary, descriptor = _create_beside(target)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from csm_jax.audio import check_audio
+from csm_jax.audio import check_audio, encode_audio
 from csm_jax.config import SAMPLE_RATE
 from csm_jax.corpus.files import Staged, place, publish, stage, sync_directory
 from csm_jax.corpus.manifest import SETTINGS, Row, key_of
@@ -86,7 +86,7 @@ def encode_row(
             error="the model ended at once, without audio; another seed may speak",
         )
     try:
-        flac = _flac(check_audio(result.audio, "the audio"))
+        flac = encode_audio(check_audio(result.audio, "the audio"), SAMPLE_RATE, "FLAC")
     except ValueError as error:
         return Failed(id=row["id"], line=row["line"], error=str(error))
     samples = len(result.audio)
@@ -115,16 +115,6 @@ def encode_row(
         members=members,
         record={"id": row["id"], **facts, "sha256": sha256},
     )
-
-
-def _flac(audio: np.ndarray) -> bytes:
-    import soundfile
-
-    encoded = io.BytesIO()
-    soundfile.write(
-        encoded, np.clip(audio, -1.0, 1.0), SAMPLE_RATE, format="FLAC", subtype="PCM_16"
-    )
-    return encoded.getvalue()
 
 
 def _npy(codes: np.ndarray) -> bytes:
