@@ -1,27 +1,64 @@
 """The matrix product with a weight: the only place that decides how it is computed.
 
-A weight is stored `[out, in]` and contracted on its last axis, whatever model it belongs to.
+A weight is stored `[out, in]` and contracted on its last axis, whatever model it belongs to. A tree of
+parameters may hold a `StandIn` in a weight's place, which multiplies in its own way.
 """
 
 from __future__ import annotations
 
+import abc
 import math
+from types import EllipsisType
 
 import jax
 import jax.numpy as jnp
 
 from csm_jax import sharding
-from csm_jax.array_typing import Array, Float
+from csm_jax.array_typing import Array, Float, pytree
+
+
+class StandIn(abc.ABC):
+    """What may stand in a tree of parameters in place of a weight `[out, in]`; a pytree of arrays."""
+
+    @abc.abstractmethod
+    def product(self, x: Float[Array, "*batch I"], *, float32: bool) -> Float[Array, "*batch O"]:
+        """Returns what `project(x, weight, float32=float32)` would."""
+
+    def __getitem__(self, everything: EllipsisType) -> StandIn:
+        return self  # the modules read a variable as `self.q_proj[...]`
+
+
+@pytree
+class LowRank(StandIn):
+    """A weight and a correction of low rank: `weight + up @ down`, never written out.
+
+    Attributes:
+        weight: The weight itself, or what stands in its place.
+        down: Into the rank. Cast to the dtype it is multiplied with, as is `up`.
+        up: Out of it.
+    """
+
+    weight: Float[Array, "O I"] | StandIn
+    down: Float[Array, "R I"]
+    up: Float[Array, "O R"]
+
+    def product(self, x: Float[Array, "*batch I"], *, float32: bool) -> Float[Array, "*batch O"]:
+        """Returns `x @ weight.T + x @ down.T @ up.T`."""
+        inner = project(x, self.down.astype(x.dtype))
+        whole = project(x, self.weight, float32=float32)
+        return whole + project(inner, self.up.astype(x.dtype), float32=float32)
 
 
 def project(
-    x: Float[Array, "*batch I"], w: Float[Array, "O I"], *, float32: bool = False
+    x: Float[Array, "*batch I"], w: Float[Array, "O I"] | StandIn, *, float32: bool = False
 ) -> Float[Array, "*batch O"]:
     """Returns `x @ w.T` in the dtype of `x`, or in float32 for logits.
 
     float32 operands multiply in true float32 on every device: whoever asks for float32 wants the
     reference's numbers, not TF32 or three bf16 passes.
     """
+    if isinstance(w, StandIn):
+        return w.product(x, float32=float32)
     exact = x.dtype == jnp.float32
 
     def product(x: Array, w: Array) -> Array:

@@ -24,7 +24,7 @@ from csm_jax.array_typing import Array, Bool, DTypeLike, Float, Int, Key, Params
 from csm_jax.backbone import Backbone
 from csm_jax.config import CSMConfig, LlamaConfig
 from csm_jax.decoder import Decoder
-from csm_jax.linear import project
+from csm_jax.linear import StandIn, project
 from csm_jax.llama import embed_codes
 from csm_jax.sampling import SamplingParams, choose, gumbel
 
@@ -42,10 +42,11 @@ class CSM(nnx.Module):
         """Returns the model with these weights; call it inside the function being jitted.
 
         Raises:
-            ValueError: The tree of `params` is not that of `param_shapes(config)`.
+            ValueError: The tree of `params` is not that of `param_shapes(config)`, a `StandIn` counting
+                as the weight it stands for.
         """
         graph, shapes, _ = _declaration(config)
-        if jax.tree.structure(params) != jax.tree.structure(shapes):
+        if jax.tree.structure(params, is_leaf=_is_stand_in) != jax.tree.structure(shapes):
             raise ValueError(_tree_difference(params, shapes))
         return nnx.merge(graph, params)
 
@@ -62,9 +63,16 @@ def _declaration(config: CSMConfig) -> tuple[Any, Params, Any]:
     return graph, nnx.to_pure_dict(state), state
 
 
+def _is_stand_in(node: Any) -> bool:
+    return isinstance(node, StandIn)
+
+
 def _tree_difference(params: Params, shapes: Params) -> str:
     have, want = (
-        {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+        {
+            jax.tree_util.keystr(path)
+            for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_stand_in)
+        }
         for tree in (params, shapes)
     )
     return (
@@ -94,7 +102,6 @@ def param_shardings(config: CSMConfig, mesh: jax.sharding.Mesh) -> Params:
     Raises:
         ValueError: A size does not divide by the mesh axis that the rules split it over.
     """
-    rules = dict(sharding.current_rules())
     problems = []
     for axis, name, size in (
         ("heads", "backbone.num_kv_heads", config.backbone.num_kv_heads),
@@ -107,10 +114,11 @@ def param_shardings(config: CSMConfig, mesh: jax.sharding.Mesh) -> Params:
         ("codebook", "num_codebooks - 1", config.num_codebooks - 1),
         ("embed", "backbone.embed_dim", config.backbone.embed_dim),
         ("embed", "decoder.embed_dim", config.decoder.embed_dim),
+        ("decoder_embed", "decoder.embed_dim", config.decoder.embed_dim),
     ):
-        over = rules[axis]
-        parts = mesh.shape.get(over, 1)
+        parts = sharding.parts(mesh, axis)
         if size % parts:
+            over = dict(sharding.current_rules())[axis]
             problems.append(f"{name}={size:,} does not divide by the {parts} devices of {over!r}")
     if problems:
         raise ValueError(f"a mesh axis is too large: {'; '.join(problems)}")

@@ -1,0 +1,1 @@
+"""Fine-tuning: the objective, the step, adapters, and the loop around them."""
