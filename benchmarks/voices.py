@@ -1,6 +1,6 @@
 """A voice prompt kept for all who use it, beside the same prompt read again for every request.
 
-    python benchmarks/voices.py                     # CSM-1B's size, random weights, about ten minutes on 2 cores
+    python benchmarks/voices.py                     # CSM-1B's size, random weights, about twenty minutes on 2 cores
     python benchmarks/voices.py --size tiny         # to see that it runs
 
 One voice with a 10-s recording speaks utterances of 4.5 to 5.5 s, their lengths forced by their caps, in the same
@@ -12,7 +12,6 @@ themselves afterwards, and their share is their number times that. The last line
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ import numpy as np  # noqa: E402
 
 from benchmarks.bench import SIZES, machine, timed  # noqa: E402
 from benchmarks.engine import some_text  # noqa: E402
+from benchmarks.report import report  # noqa: E402
 from benchmarks.slot_use import CHARACTERS_PER_S  # noqa: E402
 from csm_jax.config import FRAME_MS, CSMConfig, default_dtype  # noqa: E402
 from csm_jax.engine import Engine, Job  # noqa: E402
@@ -36,7 +36,7 @@ from csm_jax.jobs import JobMaker  # noqa: E402
 from csm_jax.model import init_params, num_params  # noqa: E402
 from csm_jax.prompt import TextTokenizer  # noqa: E402
 from csm_jax.request import Request  # noqa: E402
-from csm_jax.slots import Frames, Slots, SlotSizes  # noqa: E402
+from csm_jax.slots import Frames, Slots, SlotSizes, VoicePrompt  # noqa: E402
 from csm_jax.synthesizer_settings import default_settings  # noqa: E402
 from csm_jax.voices import Voice, VoiceTurn  # noqa: E402
 from tests.support import tokenizer  # noqa: E402
@@ -57,10 +57,10 @@ class CountingSlots(Slots):
         self.prefilled.append((prompts, segments))
         return super().prefill(prompts, segments)
 
-    def share(self, prompt: Frames, segment: int) -> bool:
-        """See `Slots.share`; the prompt goes through the same program as one without a voice."""
-        self.prefilled.append(([prompt], [-1]))
-        return super().share(prompt, segment)
+    def share(self, voice: VoicePrompt, segment: int) -> bool:
+        """See `Slots.share`; its time is taken as that of a prompt of the same length."""
+        self.prefilled.append(([(voice.frames, voice.mask)], [-1]))
+        return super().share(voice, segment)
 
     def prefill_s(self) -> float:
         """Returns the seconds that the prefills so far take by themselves."""
@@ -190,25 +190,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="csm_1b", help="model size")
     parser.add_argument("--dtype", default=default_dtype(jax.default_backend()))
-    parser.add_argument("--slots", type=int, default=32 if cpu else 128)
-    parser.add_argument("--requests", type=int, default=32 if cpu else 512)
+    parser.add_argument("--slots", type=int, default=64 if cpu else 128)
+    parser.add_argument("--requests", type=int, default=64 if cpu else 512)
     parser.add_argument(
         "--capacity", type=int, default=320, help="positions of a slot, and of the voice"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args(argv)
-    begun = time.perf_counter()
-    result = measure(args)
-    result["command"] = "python benchmarks/voices.py " + " ".join(
-        sys.argv[1:] if argv is None else argv
-    )
-    result["took_s"] = time.perf_counter() - begun
-    print(card(result))
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return result
+    return report("voices", lambda: measure(args), card, argv=argv, path=args.json)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from csm_jax.request import FinishReason, Request, check_settings, ranks_of, row
 from csm_jax.runaway import Flags, RepetitionDetector
 from csm_jax.sampling import rank_sizes
 from csm_jax.segments import SegmentTable
-from csm_jax.slots import Frames, SlotSizes
+from csm_jax.slots import Frames, SlotSizes, VoicePrompt, check_voice
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Device(Protocol):
     def insert(self, prefix: Any, settings: Any, slots: Sequence[int]) -> None: ...
     def advance(self, longest: int, ranks: int) -> Any: ...
     def free(self, slots: Sequence[int]) -> None: ...
-    def share(self, prompt: Frames, segment: int) -> bool: ...
+    def share(self, voice: VoicePrompt, segment: int) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -65,14 +65,14 @@ class Job:
     Attributes:
         request: Seed, settings and frame cap.
         prompt: Its own positions.
-        voice_key: Names the voice whose positions come before them, None for none.
-        voice: Those positions.
+        voice_key: Names the voice that comes before them, None for none.
+        voice: That voice's positions.
     """
 
     request: Request
     prompt: Frames
     voice_key: str | None = None
-    voice: Frames | None = None
+    voice: VoicePrompt | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -182,8 +182,8 @@ class Engine:
         own = len(job.prompt[0]) + max_frames
         before = 0
         if job.voice is not None:
-            check_prompt(*job.voice, config=config, name="voice")
-            before = len(job.voice[0])
+            check_voice(job.voice, config=config)
+            before = len(job.voice)
             if before > sizes.segment_capacity:
                 raise ValueError(
                     f"the voice takes {before:,} positions, but shared segments hold "
@@ -343,12 +343,8 @@ class Engine:
                 [row.job.prompt for row in rows], [row.segment for row in rows]
             )
             stage = "starting the row"
-            fill = self._device.sizes.prefill_group(
-                self._device.prefill_size(max(len(row.job.prompt[0]) for row in rows))
-            ) - len(rows)
-            padded = [*rows, *[rows[0]] * fill]
             settings = row_settings(
-                [row.job.request for row in padded], segments=[row.segment for row in padded]
+                [row.job.request for row in rows], segments=[row.segment for row in rows]
             )
             self._device.insert(prefix, settings, [row.slot for row in rows])
         except jax.errors.JaxRuntimeError as error:

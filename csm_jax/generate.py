@@ -1,7 +1,7 @@
 """Frames from prompts: prefill, insert, and the jitted scan over frames.
 
     prompts -> prefill -> Prefix -> insert into slots of a DecodeState -> generate_frames (n at a time)
-                              `-> share: a beginning that many rows have in common
+    voice -> voice_inputs -> prefill_inputs -> share: a beginning that many rows have in common
 
 A `DecodeState` is a batch of slots. `generate_frames` is one `lax.scan` of n frames over all of them:
 each step draws the C codes that follow every row's hidden state and feeds the frame to the backbone.
@@ -28,7 +28,7 @@ from csm_jax.array_typing import Array, Bool, DTypeLike, Float, Int, Params, UIn
 from csm_jax.config import CSMConfig
 from csm_jax.kvcache import KVCache, SharedKV
 from csm_jax.model import CSM, sample_frame
-from csm_jax.sampling import SamplingParams, frame_keys
+from csm_jax.sampling import Either, SamplingParams, frame_keys
 
 PREFILL_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048)
 """Prompt lengths that are compiled; a prompt is padded to the next."""
@@ -78,9 +78,9 @@ class RowSettings:
         decoder_sampling: Settings for codes 1..C-1.
     """
 
-    key: UInt[Array, "B 2"]
-    max_frames: Int[Array, "B"]
-    segment: Int[Array, "B"]
+    key: UInt[Either, "B 2"]
+    max_frames: Int[Either, "B"]
+    segment: Int[Either, "B"]
     sampling: SamplingParams
     decoder_sampling: SamplingParams
 
@@ -203,10 +203,58 @@ def prefill(
     """
     with jax.named_scope("prefill"):
         model = CSM.bind(config, params)
-        y, (keys, values) = model.backbone.full(model.backbone.embed(frames, mask), shared, segment)
         length = mask.any(axis=-1).sum(axis=-1).astype(jnp.int32)
-        hidden = jnp.take_along_axis(y, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-        return Prefix(k=keys, v=values, length=length, hidden=hidden)
+        return _read(model, model.backbone.embed(frames, mask), length, shared, segment)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def voice_inputs(
+    params: Params,
+    frames: Int[Array, "B T C1"],
+    mask: Bool[Array, "B T C1"],
+    vectors: Float[Array, "B T D"],
+    count: Int[Array, ""],
+    *,
+    config: CSMConfig,
+) -> Float[Array, "B T D"]:
+    """Returns the backbone's inputs of a voice: trained vectors, then embedded frames.
+
+    Args:
+        params: Weights.
+        frames: Codes and text id per position.
+        mask: Which columns count.
+        vectors: Inputs that stand for themselves, at the first `count` positions.
+        count: How many of them there are.
+        config: Sizes.
+    """
+    with jax.named_scope("voice_inputs"):
+        embedded = CSM.bind(config, params).backbone.embed(frames, mask)
+        trained = (jnp.arange(frames.shape[1]) < count)[None, :, None]
+        return jnp.where(trained, vectors.astype(embedded.dtype), embedded)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def prefill_inputs(
+    params: Params, inputs: Float[Array, "B T D"], length: Int[Array, "B"], *, config: CSMConfig
+) -> Prefix:
+    """Returns what `prefill` gives for positions whose inputs are known.
+
+    Args:
+        params: Weights.
+        inputs: The backbone's inputs, padded on the right.
+        length: Positions of each row.
+        config: Sizes.
+    """
+    with jax.named_scope("prefill"):
+        return _read(CSM.bind(config, params), inputs, length, None, None)
+
+
+def _read(
+    model: CSM, inputs: Array, length: Array, shared: SharedKV | None, segment: Array | None
+) -> Prefix:
+    y, (keys, values) = model.backbone.full(inputs, shared, segment)
+    hidden = jnp.take_along_axis(y, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
+    return Prefix(k=keys, v=values, length=length, hidden=hidden)
 
 
 def init_state(config: CSMConfig, *, batch: int, capacity: int, dtype: DTypeLike) -> DecodeState:
@@ -377,7 +425,11 @@ def generate_frames(
         with jax.named_scope("backbone"):
             x = model.backbone.embed_audio(codes)
             y, cache = model.backbone.step(
-                x, state.cache, window=window, shared=shared, segment=state.settings.segment
+                x,
+                state.cache,
+                window=window,
+                shared=shared,
+                segment=jnp.asarray(state.settings.segment),
             )
         frame = state.frame + valid
         status = jnp.where(

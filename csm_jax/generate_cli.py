@@ -125,9 +125,9 @@ def _voice(args: argparse.Namespace) -> Voice | None:
         if args.voices_dir is not None:
             raise ValueError("--voices-dir goes with --voice")
         return None
-    from csm_jax.voices import VoiceLibrary
+    from csm_jax.voices import find_voice
 
-    return VoiceLibrary(args.voices_dir).get(args.voice)
+    return find_voice(args.voice, args.voices_dir)
 
 
 def _turns(args: argparse.Namespace, voice: Voice | None) -> list[_Turn]:
@@ -173,7 +173,7 @@ def _said(args: argparse.Namespace, voice: Voice | None) -> list[tuple[int, str]
 
 
 def _speaker(args: argparse.Namespace, voice: Voice | None) -> int:
-    if voice is None:
+    if voice is None or not voice.turns:  # vectors alone do not say whose they are
         return args.speaker or 0
     speakers = sorted({turn.speaker for turn in voice.turns})
     listed = ", ".join(map(str, speakers))
@@ -319,7 +319,7 @@ def _notes_told() -> Iterator[None]:
                 told.add(text)
                 tqdm.write(text, file=sys.stderr)
 
-    loggers = [logging.getLogger(f"csm_jax.{name}") for name in ("prompt", "long_text")]
+    loggers = [logging.getLogger(f"csm_jax.{name}") for name in ("prompt", "jobs", "long_text")]
     levels, notes = [logger.level for logger in loggers], Notes()
     for logger in loggers:
         logger.addHandler(notes)

@@ -8,9 +8,11 @@ a front of `csm_jax.synthesizer`; nothing here touches a model's insides. Audio 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,14 +24,15 @@ from csm_jax import config as csm_config
 from csm_jax import sharding
 from csm_jax.config import CSMConfig, Dtype
 from csm_jax.engine import Job
-from csm_jax.generate import WINDOW_BUCKETS, bucket
+from csm_jax.generate import PREFILL_BUCKETS, WINDOW_BUCKETS, bucket
 from csm_jax.jobs import JobMaker
 from csm_jax.model import param_shardings
 from csm_jax.prompt import Segment, TextTokenizer
 from csm_jax.request import Request, as_requests
-from csm_jax.slots import Programs
+from csm_jax.slots import Programs, SlotSizes
 from csm_jax.synthesizer import Result, SynthesisError, Synthesizer
 from csm_jax.synthesizer_settings import SynthesizerSettings, default_settings
+from csm_jax.voices import Voice, model_hash
 from csm_jax.watermark_key import DEFAULT_KEY, check_key
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
     from csm_jax.watermark.protocol import Watermarker
 
 logger = logging.getLogger(__name__)
+
+_PROGRAM_SETS = 16  # of the sizes used last; a batch of another size compiles its own
 
 Progress = Callable[[int, int], None]
 """Called after every chunk with the frames made so far and the most there can be."""
@@ -92,8 +97,8 @@ class Generator:
         self.watermarker = watermarker
         self.watermark_key = check_key(watermark_key)
         self.sample_rate = codec.sample_rate
-        self._jobs = JobMaker(config, tokenizer, codec)
-        self._programs: dict[tuple[Any, ...], Programs] = {}  # by sizes, mesh and sharding rules
+        self._jobs = JobMaker(config, tokenizer, codec, model=functools.partial(model_hash, params))
+        self._programs: OrderedDict[tuple[Any, ...], Programs] = OrderedDict()
 
     def generate(
         self,
@@ -105,7 +110,7 @@ class Generator:
         topk: int = 50,
         *,
         on_progress: Progress | None = None,
-        **options: float | int | bool | None,
+        **options: float | int | bool | Voice | None,
     ) -> np.ndarray:
         """Returns one utterance, float32 `[W]` at `sample_rate`; empty if the model ends at once.
 
@@ -197,7 +202,8 @@ class Generator:
         Raises:
             TypeError, ValueError: Whatever would keep a request from being spoken.
         """
-        return [len(job.prompt[0]) for job in self._prepare(as_requests(requests))]
+        jobs = self._prepare(as_requests(requests))
+        return [len(job.prompt[0]) + _before(job) for job in jobs]
 
     def generate_codes(
         self,
@@ -242,8 +248,12 @@ class Generator:
 
     def _prepare(self, requests: Sequence[Request]) -> list[Job]:
         # A voice is part of each prompt here: what many requests share is worth keeping only for as
-        # long as a synthesizer lives.
-        return [self._jobs.job(request, segment_capacity=0) for request in requests]
+        # long as a synthesizer lives. Only vectors must have a segment.
+        def capacity(voice: Voice | None) -> int:
+            trained = voice is not None and voice.vectors is not None
+            return self.config.backbone.max_seq_len if trained else 0
+
+        return [self._jobs.job(each, segment_capacity=capacity(each.voice)) for each in requests]
 
     def _synthesizer(
         self,
@@ -256,10 +266,12 @@ class Generator:
         """Returns a synthesizer for these jobs, on the mesh that is set, if one is."""
         multiple = sharding.batch_multiple()
         longest = max(len(job.prompt[0]) + job.request.max_frames for job in jobs)
+        before = max(map(_before, jobs))
+        most = self.config.backbone.max_seq_len
         settings = default_settings(
             self.config,
             slots=-(-slots // multiple) * multiple,
-            capacity=bucket(longest, WINDOW_BUCKETS, limit=self.config.backbone.max_seq_len),
+            capacity=bucket(longest, WINDOW_BUCKETS, limit=most),
             chunk_frames=chunk_frames,
             voice_bytes=0,
         )
@@ -267,6 +279,8 @@ class Generator:
             settings,
             codec_rows=min(settings.codec_rows, settings.slots),
             stop_repetition=stop_repetition,
+            voice_segments=min(before, 1),
+            voice_capacity=bucket(before, PREFILL_BUCKETS, limit=most) if before else 0,
         )
         return self.synthesizer(settings)
 
@@ -291,10 +305,17 @@ class Generator:
             watermark_key=self.watermark_key,
             settings=settings,
             mesh=mesh,
-            programs=self._programs.setdefault(
-                (settings.sizes, mesh, sharding.current_rules()), {}
-            ),
+            programs=self._programs_of(settings.sizes, mesh),
         )
+
+    def _programs_of(self, sizes: SlotSizes, mesh: jax.sharding.Mesh | None) -> Programs:
+        """Returns where what is compiled for these sizes is kept."""
+        key = (sizes, mesh, sharding.current_rules())
+        programs = self._programs.pop(key, {})
+        self._programs[key] = programs
+        while len(self._programs) > _PROGRAM_SETS:
+            self._programs.popitem(last=False)
+        return programs
 
     def stream(
         self,
@@ -306,7 +327,7 @@ class Generator:
         topk: int = 50,
         *,
         chunk_frames: int = 6,
-        **options: float | int | bool | None,
+        **options: float | int | bool | Voice | None,
     ) -> Iterator[np.ndarray]:
         """Yields one utterance piece by piece, float32 at `sample_rate`, as it is made.
 
@@ -347,6 +368,11 @@ class Generator:
             yield from synthesizer.stream(job)
         except SynthesisError as error:
             raise GenerationError(str(error), [None], [0]) from error
+
+
+def _before(job: Job) -> int:
+    """Returns the positions of a job's voice that are not part of its prompt."""
+    return 0 if job.voice is None else len(job.voice)
 
 
 def _request(options: Mapping[str, Any], **given: Any) -> Request:

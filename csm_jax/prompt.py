@@ -291,13 +291,22 @@ def encode_audio(
     Raises:
         ValueError: The codec's codes do not fit the model.
     """
-    if codec.num_codebooks != config.num_codebooks or codec.codebook_size > config.codebook_size:
+    check_codec(codec.num_codebooks, codec.codebook_size, config=config)
+    return encode_codes(codec.encode(audio), config=config)
+
+
+def check_codec(num_codebooks: int, codebook_size: int, *, config: CSMConfig) -> None:
+    """Checks that a codec's codes are the model's.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if num_codebooks != config.num_codebooks or codebook_size > config.codebook_size:
         raise ValueError(
-            f"the codec gives {codec.num_codebooks} codebooks of {codec.codebook_size:,} codes, "
-            f"but the model has {config.num_codebooks} of {config.codebook_size:,}: they do not "
+            f"the codec gives {num_codebooks} codebooks of {codebook_size:,} codes, but the model "
+            f"has {config.num_codebooks} of {config.codebook_size:,}: they do not "
             "belong together"
         )
-    return encode_codes(codec.encode(audio), config=config)
 
 
 def encode_codes(codes: np.ndarray, *, config: CSMConfig) -> tuple[np.ndarray, np.ndarray]:

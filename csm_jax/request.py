@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import jax.numpy as jnp
 import numpy as np
 
 from csm_jax.config import FRAME_MS
@@ -139,7 +138,7 @@ def _shown(value: Any) -> str:
 
 
 def row_settings(requests: Sequence[Request], *, segments: Sequence[int]) -> RowSettings:
-    """Returns the requests' seeds, frame caps and sampling settings as arrays.
+    """Returns the requests' seeds, frame caps and sampling settings as arrays of the host.
 
     Args:
         requests: One per row.
@@ -150,8 +149,8 @@ def row_settings(requests: Sequence[Request], *, segments: Sequence[int]) -> Row
     """
     return RowSettings(
         key=request_keys([r.seed for r in requests]),
-        max_frames=jnp.asarray(np.array([r.max_frames for r in requests], np.int32)),
-        segment=jnp.asarray(np.array(segments, np.int32)),
+        max_frames=np.array([r.max_frames for r in requests], np.int32),
+        segment=np.array(segments, np.int32),
         sampling=sampling_params(
             temperature=[r.temperature for r in requests],
             top_k=[r.topk for r in requests],

@@ -21,6 +21,9 @@ import numpy as np
 
 from csm_jax.array_typing import Array, Float, Int, Key, UInt, pytree
 
+Either = Array | np.ndarray
+"""Settings are the host's until they reach a batch: an array on a device each would take longer than all."""
+
 
 @pytree
 class SamplingParams:
@@ -33,10 +36,10 @@ class SamplingParams:
         min_p: Codes less likely than this fraction of the best one are dropped; 0 keeps all.
     """
 
-    temperature: Float[Array, "B"]
-    top_k: Int[Array, "B"]
-    top_p: Float[Array, "B"]
-    min_p: Float[Array, "B"]
+    temperature: Float[Either, "B"]
+    top_k: Int[Either, "B"]
+    top_p: Float[Either, "B"]
+    min_p: Float[Either, "B"]
 
 
 def sampling_params(
@@ -47,7 +50,7 @@ def sampling_params(
     min_p: Sequence[float],
     prefix: str = "",
 ) -> SamplingParams:
-    """Returns checked per-row settings, each argument with one value per row.
+    """Returns checked per-row settings on the host, each argument with one value per row.
 
     Args:
         temperature: See `SamplingParams`, as for the next three.
@@ -84,10 +87,10 @@ def sampling_params(
         if not 0 <= value <= 1:
             raise ValueError(f"{prefix}min_p must be in [0, 1], got {value}")
     return SamplingParams(
-        temperature=jnp.asarray(np.asarray(temperature, np.float32)),
-        top_k=jnp.asarray(np.asarray(top_k, np.int32)),
-        top_p=jnp.asarray(np.asarray(top_p, np.float32)),
-        min_p=jnp.asarray(np.asarray(min_p, np.float32)),
+        temperature=np.asarray(temperature, np.float32),
+        top_k=np.asarray(top_k, np.int32),
+        top_p=np.asarray(top_p, np.float32),
+        min_p=np.asarray(min_p, np.float32),
     )
 
 
@@ -96,8 +99,8 @@ _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-3, 1_000_000
 _MOST_RANKS = 2**31 - 1  # int32
 
 
-def request_keys(seeds: Sequence[int]) -> UInt[Array, "B 2"]:
-    """Returns the raw key of each request, a function of its seed alone.
+def request_keys(seeds: Sequence[int]) -> UInt[np.ndarray, "B 2"]:
+    """Returns the raw key of each request, a function of its seed alone, on the host.
 
     The threefry generator is named, so that a seed means the same noise on every device.
 
@@ -109,10 +112,10 @@ def request_keys(seeds: Sequence[int]) -> UInt[Array, "B 2"]:
         if isinstance(seed, bool) or not 0 <= seed < 2**64 or int(seed) != seed:
             raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
         row[:] = int(seed) >> 32, int(seed) & 0xFFFFFFFF
-    return jnp.asarray(rows)
+    return rows
 
 
-def frame_keys(keys: UInt[Array, "B 2"], frame: Int[Array, "B"]) -> Key[Array, "B"]:
+def frame_keys(keys: UInt[Either, "B 2"], frame: Int[Array, "B"]) -> Key[Array, "B"]:
     """Returns the key of each row's frame, counted from the first generated one."""
     return jax.vmap(
         lambda key, n: jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), n)

@@ -3,7 +3,7 @@
     start    prompts -> prefill -> insert into slots        one program of each per prefill bucket
     advance  n frames of all slots                          one program per read window and `ranks`
     free     slots of requests that were given up
-    share    a voice's prompt -> a segment that rows name   one program per prefill bucket
+    share    a voice's prompt -> a segment that rows name   inputs, keys, copy: one of each per bucket
 
 Programs are compiled ahead of time for fixed sizes: `chunk_frames` frames, and `prefill_rows` prompts at a
 time, filled up with others. So nothing compiles while the engine runs, and what happens beside a row changes
@@ -34,10 +34,11 @@ from csm_jax.generate import (
     Prefix,
     RowSettings,
     bucket,
+    check_prompt,
     stack_prompts,
 )
 from csm_jax.kvcache import SharedKV
-from csm_jax.sampling import SamplingParams, rank_sizes, request_keys, sampling_params
+from csm_jax.sampling import rank_sizes
 
 # One layer's attention scores of a prefill are rows · heads · T² numbers: bound rows · T².
 _PREFILL_AREA = 2**22
@@ -46,6 +47,44 @@ Programs = dict[tuple[Any, ...], Callable[..., Any]]
 """Compiled programs by what they are for."""
 Frames = tuple[np.ndarray, np.ndarray]
 """A prompt: codes and text id per position, int32 [T, C+1], and which columns count, bool."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class VoicePrompt:
+    """What a voice puts before the prompts of all who use it: vectors, then frames.
+
+    Attributes:
+        frames: Codes and text id per position, int32 [T, C+1]; none where there are only vectors.
+        mask: Which columns count, bool [T, C+1].
+        vectors: Trained inputs of the backbone, float32 [P, D]; None for none.
+    """
+
+    frames: np.ndarray
+    mask: np.ndarray
+    vectors: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Returns how many positions it takes."""
+        return len(self.frames) + (0 if self.vectors is None else len(self.vectors))
+
+
+def check_voice(voice: VoicePrompt, *, config: CSMConfig) -> None:
+    """Checks that a voice's prompt is one the backbone can read.
+
+    Raises:
+        ValueError: Its frames are bad (`csm_jax.generate.check_prompt`), or its vectors are no inputs of
+            this model.
+    """
+    vectors = voice.vectors
+    if vectors is None or len(voice.frames):
+        check_prompt(voice.frames, voice.mask, config=config, name="voice")
+    if vectors is None:
+        return
+    if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] != config.backbone.embed_dim:
+        raise ValueError(
+            f"voice: vectors {vectors.shape} must be [positions, embed_dim] with the model's "
+            f"embed_dim={config.backbone.embed_dim:,}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +241,7 @@ class Slots:
 
         Args:
             prefix: Of `prefill`.
-            settings: As many rows as the prefix has; those beyond `slots` are not used.
+            settings: Of each prompt; those beyond `slots` are not used.
             slots: A slot for each prompt.
 
         Raises:
@@ -212,6 +251,7 @@ class Slots:
         # Beyond the batch is nowhere.
         places = np.full(rows, self.sizes.slots, np.int32)
         places[: len(slots)] = slots
+        settings = jax.tree.map(lambda values: _filled_up(np.asarray(values), rows), settings)
         with sharding.on(self._mesh, self._rules):
             args = (
                 self._state,
@@ -248,29 +288,36 @@ class Slots:
             args = (self._state, sharding.replicate(rows))
             self._state = self._program(("free",), lambda: generate.free.lower(*args))(*args)
 
-    def share(self, prompt: Frames, segment: int) -> bool:
+    def share(self, voice: VoicePrompt, segment: int) -> bool:
         """Puts a voice's prompt into a segment that no running row uses; returns whether it is finite.
 
         Raises:
-            ValueError: The prompt is bad or longer than a segment.
+            ValueError: The prompt is longer than a segment.
             jax.errors.JaxRuntimeError: The device fails; see `lost`.
         """
-        if len(prompt[0]) > self.sizes.segment_capacity:
+        if len(voice) > self.sizes.segment_capacity:
             raise ValueError(
-                f"the voice takes {len(prompt[0]):,} positions, but shared segments hold "
+                f"the voice takes {len(voice):,} positions, but shared segments hold "
                 f"{self.sizes.segment_capacity:,}"
             )
-        frames, mask = stack_prompts([prompt], self.prefill_size(len(prompt[0])))
+        size = self.prefill_size(len(voice))
+        arrays = _stack_voice(voice, size, dim=self.config.backbone.embed_dim)
         with sharding.on(self._mesh, self._rules):
-            # Nothing comes before a voice: the program without segments.
-            prefix = self._run_prefill(
-                [self._params, sharding.replicate(frames), sharding.replicate(mask)]
+            given = (self._params, *map(sharding.replicate, arrays))
+            program = self._program(
+                ("inputs", size), lambda: generate.voice_inputs.lower(*given, config=self.config)
             )
-            if not _finite(prefix):
+            length = sharding.replicate(np.array([len(voice)], np.int32))
+            inputs = (self._params, program(*given), length)
+            program = self._program(
+                ("read", size), lambda: _read.lower(*inputs, config=self.config)
+            )
+            prefix, finite = program(*inputs)
+            if not bool(finite):
                 return False
             args = (self._shared, prefix, sharding.replicate(np.int32(segment)))
-            key = ("share", prefix.k[0].shape[2])
-            self._shared = self._program(key, lambda: generate.share.lower(*args))(*args)
+            program = self._program(("share", size), lambda: generate.share.lower(*args))
+            self._shared = program(*args)
         return True
 
     # --- compiling ------------------------------------------------------------------------------
@@ -301,10 +348,11 @@ class Slots:
             mask[:, -1] = True
             prompt = (np.zeros((size, columns), np.int32), mask)
             prefix = self.prefill([prompt], [-1])
-            self.insert(prefix, _no_settings(prefix.hidden.shape[0]), [])
+            self.insert(prefix, self._no_settings(), [])
             most = self.sizes.segment_capacity
             if most and size <= self.prefill_size(most):
-                self.share((prompt[0][:most], prompt[1][:most]), 0)
+                voice = VoicePrompt(frames=prompt[0][:most], mask=prompt[1][:most])
+                self.share(voice, 0)
         self.free([])
         self.reset()
 
@@ -357,6 +405,11 @@ class Slots:
             dtype=self._dtype,
         )
 
+    def _no_settings(self) -> RowSettings:
+        """Returns the settings of no rows."""
+        state = self._state or self._new_state()
+        return jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape[1:]), leaf.dtype), state.settings)
+
 
 @functools.partial(
     jax.jit, static_argnames=("config", "num_frames", "window", "ranks"), donate_argnames=("state",)
@@ -387,27 +440,28 @@ def _advance(
     return state, jax.tree.map(sharding.whole, report)
 
 
-@jax.jit
-def _all_finite(prefix: Prefix) -> Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(prefix)]).all()
+@functools.partial(jax.jit, static_argnames=("config",))
+def _read(
+    params: Params, inputs: Array, length: Array, *, config: CSMConfig
+) -> tuple[Prefix, Array]:
+    prefix = generate.prefill_inputs(params, inputs, length, config=config)
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(prefix)]
+    return prefix, jnp.stack(finite).all()
 
 
-def _finite(prefix: Prefix) -> bool:
-    return bool(_all_finite(prefix))
+def _stack_voice(
+    voice: VoicePrompt, size: int, *, dim: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns frames, mask and vectors on `size` positions, each where it stands, and the vectors' number."""
+    count = len(voice) - len(voice.frames)
+    frames, mask = stack_prompts([(voice.frames, voice.mask)], size - count)
+    gap = ((0, 0), (count, 0), (0, 0))
+    vectors = np.zeros((1, size, dim), np.float32)
+    if voice.vectors is not None:
+        vectors[0, :count] = voice.vectors
+    return np.pad(frames, gap), np.pad(mask, gap), vectors, np.array(count, np.int32)
 
 
-def _no_settings(rows: int) -> RowSettings:
-    """Returns settings of rows that make nothing."""
-
-    def sampling() -> SamplingParams:
-        return sampling_params(
-            temperature=[0.0] * rows, top_k=[0] * rows, top_p=[1.0] * rows, min_p=[0.0] * rows
-        )
-
-    return RowSettings(
-        key=request_keys([0] * rows),
-        max_frames=jnp.zeros((rows,), jnp.int32),
-        segment=jnp.full((rows,), -1, jnp.int32),
-        sampling=sampling(),
-        decoder_sampling=sampling(),
-    )
+def _filled_up(values: np.ndarray, rows: int) -> np.ndarray:
+    """Returns values of as many rows, zeros after those there are."""
+    return np.concatenate([values, np.zeros((rows - len(values), *values.shape[1:]), values.dtype)])

@@ -259,7 +259,7 @@ def _list(args: argparse.Namespace, library: VoiceLibrary) -> int:
 
 
 def _described(voice: Voice) -> dict[str, Any]:
-    return {
+    told = {
         "name": voice.name,
         "seconds": voice.seconds,
         "turns": [
@@ -270,6 +270,14 @@ def _described(voice: Voice) -> dict[str, Any]:
         "codec": {"num_codebooks": voice.num_codebooks, "codebook_size": voice.codebook_size},
         "key": voice.key,
     }
+    return told if voice.vectors is None else told | {"vectors": list(voice.vectors.shape)}
+
+
+def _prefix(voice: Voice) -> str | None:
+    if voice.vectors is None:
+        return None
+    count = len(voice.vectors)
+    return f"prefix of {count} vector{'' if count == 1 else 's'}"
 
 
 def _print_table(voices: Sequence[Voice]) -> None:
@@ -277,7 +285,8 @@ def _print_table(voices: Sequence[Voice]) -> None:
     for voice in voices:
         speakers = ",".join(map(str, sorted({turn.speaker for turn in voice.turns})))
         created = voice.provenance.get("created", "")[:10]
-        source = " ".join(voice.provenance.get("source", "").split())
+        said = [_prefix(voice), " ".join(voice.provenance.get("source", "").split())]
+        source = "; ".join(part for part in said if part)
         rows.append(
             (voice.name, f"{voice.seconds:.1f}", str(len(voice.turns)), speakers, created, source)
         )
@@ -300,11 +309,20 @@ def _show(args: argparse.Namespace, library: VoiceLibrary) -> int:
     voice, path = library.get(args.name), library.path(args.name)
     if args.output is not None:
         check_writable(args.output)
-    codes = f"{voice.num_codebooks} codebooks of {voice.codebook_size:,} codes"
-    fields = [
-        ("audio", f"{voice.seconds:.1f} s in {_turns(voice)} ({voice.frames:,} frames)"),
+        if not voice.turns:
+            raise ValueError(
+                f"the voice {voice.name!r} is a {_prefix(voice)}, without a recording: hear it say "
+                f"something (csm-jax generate TEXT --voice {voice.name})"
+            )
+    fields = []
+    if voice.vectors is not None:
+        fields.append(("trained", f"{_prefix(voice)} of {voice.vectors.shape[1]:,} numbers"))
+    if voice.turns:
+        audio = f"{voice.seconds:.1f} s in {_turns(voice)} ({voice.frames:,} frames)"
+        fields.append(("audio", audio))
+    fields += [
         *voice.provenance.items(),
-        ("codec", codes),
+        ("codec", f"{voice.num_codebooks} codebooks of {voice.codebook_size:,} codes"),
         ("key", voice.key),
         ("file", str(path)),
     ]

@@ -30,6 +30,22 @@ def default_directory() -> Path:
     return base / "csm_jax" / "voices"
 
 
+def find_voice(name_or_file: str, directory: str | os.PathLike[str] | None = None) -> Voice:
+    """Returns the voice in a file, which ends in `.safetensors`, or else a library's of that name.
+
+    Args:
+        name_or_file: Which.
+        directory: The library's; by default `default_directory()`.
+
+    Raises:
+        TypeError, ValueError, UnknownVoiceError, VoiceFileError: As `VoiceLibrary.get`.
+        OSError: There is no such file, or it cannot be read.
+    """
+    if name_or_file.endswith(SUFFIX):
+        return read_voice(Path(name_or_file))
+    return VoiceLibrary(directory).get(name_or_file)
+
+
 class VoiceLibrary:
     """The voices in one directory, a file each; iterating gives them in the order of their names.
 

@@ -9,7 +9,7 @@ import numpy as np
 from csm_jax.config import CSMConfig
 from csm_jax.engine import Engine, Job, Update
 from csm_jax.request import Request
-from csm_jax.slots import SlotSizes
+from csm_jax.slots import SlotSizes, VoicePrompt
 from tests.support.model import prompt, short_config
 
 
@@ -29,14 +29,30 @@ def job(
     voice: int | None = None,
     **settings: float,
 ) -> Job:
-    """Returns a job with a random prompt, and perhaps one of several random voices."""
+    """Returns a job with a random prompt, and perhaps one of several random voices (`voice_prompt`)."""
     request = Request(text="x", speaker=0, seed=seed, max_audio_length_ms=80 * frames, **settings)
     return Job(
         request=request,
         prompt=prompt(config, text, audio, seed=seed),
         voice_key=None if voice is None else f"voice {voice}",
-        voice=None if voice is None else prompt(config, 4, 5 + 17 * voice, seed=1000 + voice),
+        voice=None if voice is None else voice_prompt(config, voice),
     )
+
+
+def voice_prompt(config: CSMConfig, voice: int) -> VoicePrompt:
+    """Returns a random voice: of turns, of vectors and turns, or of vectors, by its number."""
+    frames, mask = prompt(config, 4, 5 + 17 * voice, seed=1000 + voice)
+    if voice % 3 == 0:
+        return VoicePrompt(frames=frames, mask=mask)
+    kept, count = (len(frames), 4) if voice % 3 == 1 else (0, len(frames))
+    trained = vectors(config, count, seed=voice)
+    return VoicePrompt(frames=frames[:kept], mask=mask[:kept], vectors=trained)
+
+
+def vectors(config: CSMConfig, count: int, *, seed: int) -> np.ndarray:
+    """Returns random inputs of the backbone, about as large as embeddings."""
+    dim = config.backbone.embed_dim
+    return np.random.default_rng(seed).normal(0, dim**-0.5, (count, dim)).astype(np.float32)
 
 
 class Collected:

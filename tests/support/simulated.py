@@ -16,7 +16,7 @@ from csm_jax.config import CSMConfig
 from csm_jax.engine import Job
 from csm_jax.generate import PREFILL_BUCKETS, RowSettings, Status, bucket
 from csm_jax.request import Request
-from csm_jax.slots import Frames, SlotSizes
+from csm_jax.slots import Frames, SlotSizes, VoicePrompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class SimulatedSlots:
     def free(self, slots: Sequence[int]) -> None:
         self._status[list(slots)] = Status.EMPTY
 
-    def share(self, prompt: Frames, segment: int) -> bool:
+    def share(self, voice: VoicePrompt, segment: int) -> bool:
         raise NotImplementedError("no voices here")
 
     def _work(self, seconds: float) -> None:

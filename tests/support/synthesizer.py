@@ -19,8 +19,9 @@ from csm_jax.request import Request
 from csm_jax.slots import Programs, SlotSizes
 from csm_jax.synthesizer import Result, Synthesizer
 from csm_jax.synthesizer_settings import SynthesizerSettings
-from csm_jax.voices import Voice, VoiceTurn
+from csm_jax.voices import Voice, VoiceTurn, prefix_voice
 from tests.support.codec import PlainCodec
+from tests.support.engine import vectors
 from tests.support.model import params_of, short_config
 from tests.support.tokenizer import build_tokenizer
 
@@ -116,11 +117,22 @@ def voice(seed: int, *, frames: int = 12, codebooks: int = CONFIG.num_codebooks)
     )
 
 
+def prefix(seed: int, *, count: int = 6) -> Voice:
+    """Returns a voice of random vectors."""
+    return prefix_voice(
+        f"prefix-{seed}",
+        vectors(CONFIG, count, seed=seed),
+        config=CONFIG,
+        model="unknown",
+        provenance={"source": "a test"},
+    )
+
+
 def mixed(count: int, *, seed: int = 0) -> list[Request]:
     """Returns requests that differ in everything: texts, lengths, settings, contexts, voices."""
     rng = np.random.default_rng(seed)
     texts = ("a", "Hello there.", "The quick brown fox jumps.", "Over and over, in and out.")
-    voices = [None, None, voice(1), voice(2), voice(3, frames=20)]
+    voices = [None, None, voice(1), prefix(2), voice(3, frames=20)]
     requests = []
     for i in range(count):
         context = [

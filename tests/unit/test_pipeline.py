@@ -35,6 +35,7 @@ from csm_jax.prompt import TextTokenizer
 from csm_jax.slots import Slots
 from csm_jax.weights.mimi import load_mimi, save_mimi
 from tests.support.codec import PlainCodec
+from tests.support.engine import sizes
 from tests.support.model import params_of, short_config
 from tests.support.tokenizer import write_tokenizer
 
@@ -140,6 +141,16 @@ def test_a_cap_that_is_no_multiple_of_the_chunk_compiles_nothing_new(generator: 
     before = {key: len(programs) for key, programs in generator._programs.items()}
     list(generator.stream("Hello.", 0, max_audio_length_ms=800, chunk_frames=3))
     assert {key: len(programs) for key, programs in generator._programs.items()} == before
+
+
+def test_only_programs_of_the_sizes_used_last_are_kept(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csm_jax.pipeline._PROGRAM_SETS", 2)
+    generator = make(tokenizer, params_of(CONFIG))
+    first, _, again, _ = (generator._programs_of(sizes(slots=n), None) for n in (1, 2, 1, 3))
+    assert again is first
+    assert [key[0].slots for key in generator._programs] == [1, 3]
 
 
 def silent(params: Params) -> Params:

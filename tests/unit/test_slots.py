@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from csm_jax.engine import Engine
-from csm_jax.slots import Slots, SlotSizes
-from tests.support.engine import drain, job, micro_config, sizes
+from csm_jax.slots import Slots, SlotSizes, VoicePrompt, check_voice
+from tests.support.engine import drain, job, micro_config, sizes, vectors
 from tests.support.model import params_of, prompt
 
 CONFIG = micro_config()
@@ -89,13 +91,45 @@ def test_slots_share_what_another_has_compiled() -> None:
 
 def test_a_voice_longer_than_a_segment_is_refused() -> None:
     device = Slots(CONFIG, params_of(CONFIG), sizes(segments=1, segment_capacity=16))
+    frames, mask = prompt(CONFIG, 17, 0)
     with pytest.raises(ValueError, match="17 positions, but shared segments hold 16"):
-        device.share(prompt(CONFIG, 17, 0), 0)
+        device.share(VoicePrompt(frames=frames, mask=mask), 0)
+    both = VoicePrompt(frames=frames[:9], mask=mask[:9], vectors=vectors(CONFIG, 8, seed=0))
+    with pytest.raises(ValueError, match="17 positions, but shared segments hold 16"):
+        device.share(both, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"frames": prompt(CONFIG, 0, 0)[0], "mask": prompt(CONFIG, 0, 0)[1]}, "voice is empty"),
+        ({"mask": np.zeros((4, 3), bool)}, "must both be"),
+        ({"vectors": np.zeros((2, 31), np.float32)}, r"\(2, 31\) must be .* embed_dim=32"),
+        ({"vectors": np.zeros((0, 32), np.float32)}, r"\(0, 32\) must be"),
+        ({"vectors": np.zeros(32, np.float32)}, r"\(32,\) must be"),
+    ],
+)
+def test_bad_voices_are_refused(change: dict[str, np.ndarray], said: str) -> None:
+    frames, mask = prompt(CONFIG, 4, 0)
+    with pytest.raises(ValueError, match=said):
+        check_voice(VoicePrompt(**{"frames": frames, "mask": mask} | change), config=CONFIG)
+
+
+def test_the_engine_checks_voices() -> None:
+    device = Slots(CONFIG, params_of(CONFIG), sizes(segments=1, segment_capacity=16))
+    engine = Engine(device, look_ahead=False, stop_repetition=False)
+    wrong = VoicePrompt(
+        frames=prompt(CONFIG, 0, 0)[0],
+        mask=prompt(CONFIG, 0, 0)[1],
+        vectors=np.zeros((2, 31), np.float32),
+    )
+    with pytest.raises(ValueError, match="embed_dim=32"):
+        engine.submit(dataclasses.replace(job(CONFIG, 0), voice_key="wrong", voice=wrong))
 
 
 def test_the_windows_end_at_the_capacity() -> None:
     made = Slots(CONFIG, params_of(CONFIG), sizes(capacity=700))
-    assert made.windows == [256, 512, 700]
+    assert made.windows == [128, 256, 512, 700]
     assert made.prefills == [32, 64, 128, 256, 512, 1024]
     assert isinstance(made.sizes, SlotSizes)
 

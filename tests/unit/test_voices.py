@@ -659,9 +659,10 @@ def test_a_foreign_writers_mistakes(small, old, new, complaint):
 
 def test_a_newer_version(small):
     library, path, _ = small
-    rewritten(path, lambda metadata, tensors: metadata.update({"csm_jax.voice.format": "2"}))
-    assert f"has format '2' and this csm_jax ({__version__}) reads 1: install a newer" in refused(
-        library
+    rewritten(path, lambda metadata, tensors: metadata.update({"csm_jax.voice.format": "3"}))
+    assert (
+        f"has format '3' and this csm_jax ({__version__}) reads 1 and 2: install a newer"
+        in refused(library)
     )
 
 
