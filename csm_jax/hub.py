@@ -197,6 +197,17 @@ def locate_mimi(source: str | os.PathLike[str] = CSM_REPO) -> Path:
     return locate(source).mimi()
 
 
+def locate_tokenizer(source: str | os.PathLike[str] = CSM_REPO) -> Path:
+    """Returns the path of `tokenizer.json` alone, for reading text without a model.
+
+    Raises:
+        FileNotFoundError, ValueError, HubError: As `locate`, or the model directory lacks it.
+    """
+    if local_path(source) is None:
+        return _fetch_tokenizer()
+    return locate(source).tokenizer()
+
+
 def locate_watermark(source: str | os.PathLike[str] = CSM_REPO) -> Path:
     """Returns the directory of the watermark's files alone, for checking audio without a model.
 

@@ -1,0 +1,1 @@
+"""Conversations as training data: read, checked, tokenised into shards, packed into rows."""
