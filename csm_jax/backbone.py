@@ -13,6 +13,7 @@ The audio table has C·V rows, row codebook·V + code, and is the decoder's inpu
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from csm_jax import sharding
@@ -42,12 +43,8 @@ class Backbone(Stack):
     ) -> Float[Array, "B T D"]:
         """Returns the masked sum of each frame's embeddings, added in float32."""
         table = self.audio_embeddings[...]
-        total = self._masked(self._text(frames[:, :, -1]), mask[:, :, -1])
-        # One gather per codebook, added as they come: gathering [B, T, C, D] first would hold 32
-        # times the activations.
-        for i in range(self.num_codebooks):
-            rows = embed_codes(table, frames[:, :, i], i, self.audio_vocab_size)
-            total = total + self._masked(rows, mask[:, :, i])
+        total = _masked(self._text(frames[:, :, -1]), mask[:, :, -1])
+        total = total + _sum_codebooks(table, frames[:, :, :-1], mask[:, :, :-1])
         return total.astype(table.dtype)
 
     def embed_audio(self, codes: Int[Array, "B C"]) -> Float[Array, "B 1 D"]:
@@ -64,7 +61,44 @@ class Backbone(Stack):
     def _text(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return self.text_embeddings[...].at[ids].get(out_sharding=sharding.follow(ids, 0, 1, None))
 
-    def _masked(
-        self, rows: Float[Array, "B T D"], mask: Bool[Array, "B T"]
-    ) -> Float[Array, "B T D"]:
-        return jnp.where(mask[:, :, None], rows.astype(jnp.float32), 0.0)
+
+def _masked(rows: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+    return jnp.where(mask[:, :, None], rows.astype(jnp.float32), 0.0)
+
+
+@jax.custom_vjp
+def _sum_codebooks(
+    table: Float[Array, "R D"], codes: Int[Array, "B T C"], mask: Bool[Array, "B T C"]
+) -> Float[Array, "B T D"]:
+    """Returns the masked sum of the embeddings of each position's codes, in float32.
+
+    One gather per codebook, added as they come: gathering [B, T, C, D] first would hold 32 times the
+    activations. The gradient is written out here, a codebook's rows at a time: JAX would make an array of the
+    whole table's size for each of the gathers, and add them.
+    """
+    vocab = table.shape[0] // codes.shape[2]
+    total = _masked(embed_codes(table, codes[:, :, 0], 0, vocab), mask[:, :, 0])
+    for i in range(1, codes.shape[2]):
+        total = total + _masked(embed_codes(table, codes[:, :, i], i, vocab), mask[:, :, i])
+    return total
+
+
+def _sum_forwards(table: Array, codes: Array, mask: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _sum_codebooks(table, codes, mask), (table, codes, mask)
+
+
+def _sum_backwards(kept: tuple[Array, ...], grad: Array) -> tuple[Array, None, None]:
+    table, codes, mask = kept
+    vocab = table.shape[0] // codes.shape[2]
+    parts = []
+    for i in range(codes.shape[2]):
+
+        def rows(part: Array, i: int = i) -> Array:
+            return _masked(embed_codes(part, codes[:, :, i], 0, vocab), mask[:, :, i])
+
+        part = jax.lax.slice_in_dim(table, i * vocab, (i + 1) * vocab)
+        parts += jax.vjp(rows, part)[1](grad)
+    return jnp.concatenate(parts), None, None
+
+
+_sum_codebooks.defvjp(_sum_forwards, _sum_backwards)

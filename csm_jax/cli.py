@@ -1,4 +1,4 @@
-"""The command line: `csm-jax generate | batch | voices | convert | verify | doctor`.
+"""The command line: `csm-jax generate | batch | voices | data | train | convert | verify | doctor`.
 
 A user's mistake is one line and exit status 2. Heavy modules are imported where they are used.
 """
@@ -112,6 +112,13 @@ def _batch(args: argparse.Namespace) -> int:
         )
 
 
+def _data(args: argparse.Namespace) -> int:
+    from csm_jax.data import cli as data_cli
+
+    with _interrupt.tidying():
+        return data_cli.main(args, on_progress=_interrupt.check)
+
+
 def _open_synthesizer(settings: Mapping[str, Any]) -> Synthesizer:
     from csm_jax import pipeline, sharding
     from csm_jax.synthesizer_settings import default_settings
@@ -137,6 +144,13 @@ def _open_synthesizer(settings: Mapping[str, Any]) -> Synthesizer:
     _interrupt.check()
     _note(f"compiled {synthesizer.compilations} programs in {time.perf_counter() - loaded:.1f} s")
     return synthesizer
+
+
+def _train(args: argparse.Namespace) -> int:
+    from csm_jax.train import cli as train_cli
+
+    with _interrupt.writing():
+        return train_cli.main(args, interrupted=lambda: _interrupt.pending)
 
 
 def _voices(args: argparse.Namespace) -> int:
@@ -182,7 +196,9 @@ def _doctor(args: argparse.Namespace) -> int:
 _HANDLERS = {
     "generate": _generate,
     "batch": _batch,
+    "data": _data,
     "voices": _voices,
+    "train": _train,
     "convert": _convert,
     "verify": _verify,
     "doctor": _doctor,

@@ -82,7 +82,9 @@ def build_parser(
     wanted = next((word for word in argv if not word.startswith("-")), None)
     for name, help, add_arguments in (
         ("batch", "speak a corpus from a manifest", _add_batch),
+        ("data", "make recordings ready for training", _add_data),
         ("voices", "keep voices by name", _add_voices),
+        ("train", "fine-tune a model", _add_train),
         ("convert", "convert a checkpoint from one layout to another", _add_convert),
     ):
         sub = command(name, help)
@@ -111,6 +113,18 @@ def _add_model(parser: argparse._ActionsContainer) -> None:
 
 def _add_batch(parser: argparse.ArgumentParser) -> None:
     from csm_jax.corpus.arguments import add_arguments
+
+    add_arguments(parser)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    from csm_jax.train.arguments import add_arguments
+
+    add_arguments(parser)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    from csm_jax.data.arguments import add_arguments
 
     add_arguments(parser)
 
@@ -174,7 +188,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
 
     how = parser.add_argument_group("how to say it")
-    how.add_argument("--voice", metavar="NAME", help="a voice of the library (csm-jax voices)")
+    how.add_argument(
+        "--voice",
+        metavar="NAME_OR_FILE",
+        help="a voice of the library (csm-jax voices), or the one in a .safetensors file, such as "
+        "trained vectors",
+    )
     how.add_argument("--voices-dir", type=Path, metavar="DIR", help="where the voices are kept")
     how.add_argument("--seed", type=natural, default=0, metavar="N", help="default: %(default)s")
     how.add_argument(

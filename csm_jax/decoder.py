@@ -30,7 +30,7 @@ class Decoder(Stack):
         dim, backbone_dim = config.decoder.embed_dim, config.backbone.embed_dim
         self.num_codebooks = config.num_codebooks
         self.audio_vocab_size = config.audio_vocab_size
-        self.projection = linear(dim, backbone_dim, ("embed", "embed"))
+        self.projection = linear(dim, backbone_dim, ("decoder_embed", "embed"))
         self.audio_head = parameter(
             (config.num_codebooks - 1, config.audio_vocab_size, dim),
             ("codebook", "audio_vocab", "embed"),
@@ -63,11 +63,10 @@ class Decoder(Stack):
             codes: The frames' codes; the last is not read.
             table: The audio embedding table the decoder reads.
         """
-        inputs = [hidden] + [
-            embed_codes(table, codes[:, i], i, self.audio_vocab_size)
-            for i in range(self.num_codebooks - 1)
-        ]
-        x = project(jnp.stack(inputs, axis=1), self.projection[...])
+        # One gather: the gradient of each is an array of the table's size.
+        codebooks = jnp.arange(self.num_codebooks - 1)
+        rows = embed_codes(table, codes[:, :-1], codebooks, self.audio_vocab_size)
+        x = project(jnp.concatenate([hidden[:, None], rows], axis=1), self.projection[...])
         y, _ = self.full(x)
         return jnp.einsum(
             "MCE,CVE->MCV",

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +51,10 @@ def linear(out_dim: int, in_dim: int, axes: tuple[str, str]) -> nnx.Param:
 def embed_codes(
     table: Float[Array, "R D"],
     codes: Int[Array, "*batch"],
-    codebook: int | Int[Array, ""],
+    codebook: int | Int[Array, ""] | Int[Array, "C"],
     vocab: int,
 ) -> Float[Array, "*batch D"]:
-    """Returns the rows of an audio table for codes of one codebook."""
+    """Returns the rows of an audio table for codes of one codebook, or of one per place of the last axis."""
     rows = codes + codebook * vocab
     return table.at[rows].get(out_sharding=sharding.follow(codes, *range(codes.ndim), None))
 
@@ -177,6 +178,42 @@ def attend_shared(
     return jnp.transpose(merged, (0, 3, 1, 2, 4)).astype(v.dtype)
 
 
+# Queries that attend at a time: what is kept for the gradient of more would be T² scores per head.
+_QUERY_BLOCK = 512
+
+
+def attend_packed(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    segments: Int[Array, "B T"],
+) -> Float[Array, "B T K G H"]:
+    """Returns causal attention within each segment of packed rows.
+
+    A block of queries at a time, with the keys up to its end; scores are computed again for the
+    gradient and not kept.
+
+    Args:
+        q: Rotated queries.
+        k: Rotated keys.
+        v: Values.
+        segments: A number per conversation of a row; the same number is one segment.
+    """
+
+    def block(q: Array, k: Array, v: Array, mine: Array, theirs: Array, start: int) -> Array:
+        steps = start + jnp.arange(q.shape[1])
+        causal = jnp.arange(k.shape[2])[None] <= steps[:, None]
+        return attend(q, k, v, causal & (mine[:, :, None] == theirs[:, None]))
+
+    block = jax.checkpoint(block, static_argnums=5)
+    parts = []
+    for start in range(0, q.shape[1], _QUERY_BLOCK):
+        end = min(start + _QUERY_BLOCK, q.shape[1])
+        mine, theirs = segments[:, start:end], segments[:, :end]
+        parts.append(block(q[:, start:end], k[:, :, :end], v[:, :, :end], mine, theirs, start))
+    return jnp.concatenate(parts, axis=1)
+
+
 def _product(q: Array) -> Callable[[str, Array, Array], Array]:
     """Returns an einsum into float32, exact for float32 operands."""
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
@@ -190,6 +227,29 @@ def _exponentials(scores: Array, mask: Array, head_dim: int) -> tuple[Array, Arr
     best = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - best)
     return best, weights, weights.sum(axis=-1, keepdims=True)
+
+
+REMAT = ("none", "minimal", "full")
+"""What is computed again for a gradient instead of kept: nothing; all but the products with weights
+(MaxText's word); all but what goes from block to block."""
+
+
+def rematerialise(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """Returns a function with the same results whose gradient keeps less.
+
+    Args:
+        function: Of arrays; the weights may be its own.
+        remat: A name of `REMAT`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
+    if remat == "none":
+        return function
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "minimal" else None
+    return jax.checkpoint(function, policy=keep)
 
 
 class Attention(nnx.Module):
@@ -315,6 +375,31 @@ class Stack(nnx.Module):
             values.append(v)
         y = rms_norm(x, self.final_norm[...], eps=self.config.norm_eps)
         return y, (tuple(keys), tuple(values))
+
+    def packed(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        *,
+        remat: str,
+    ) -> Float[Array, "B T D"]:
+        """Returns the normed outputs of rows with several segments each, for training.
+
+        Args:
+            x: Inputs.
+            positions: From 0 within each segment.
+            segments: A number per conversation of a row; none attends to another.
+            remat: What a gradient computes again, a name of `REMAT`.
+        """
+
+        def through(block: Block, x: Array) -> Array:
+            q, k, v = block.qkv(x, positions)
+            return block.rest(x, attend_packed(q, k, v, segments))
+
+        for block in self.blocks():
+            x = rematerialise(functools.partial(through, block), remat)(x)
+        return rms_norm(x, self.final_norm[...], eps=self.config.norm_eps)
 
     def step(
         self,

@@ -22,12 +22,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from csm_jax.array_typing import Array
 
-RULES: Mapping[str, str | None] = {
+MeshAxis = str | tuple[str, ...] | None
+"""What an axis is split over: a mesh axis, several one after another, or nothing."""
+
+RULES: Mapping[str, MeshAxis] = {
     "batch": "data",
     "heads": "tensor",  # backbone query heads, and the key/value heads they share
     "mlp": "tensor",
@@ -44,11 +47,15 @@ RULES: Mapping[str, str | None] = {
     "audio_vocab": None,
     "codebook": None,
     "embed": None,
+    "decoder_embed": None,
     "norm": None,
 }
 """Logical axis name to mesh axis; None keeps the axis whole."""
 
-Rules = tuple[tuple[str, str | None], ...]
+TRAINING_RULES: Mapping[str, MeshAxis] = {"batch": ("data", "fsdp"), "embed": "fsdp"}
+"""Changes for training (`use_rules`): between steps every weight is kept in slices over `fsdp`."""
+
+Rules = tuple[tuple[str, MeshAxis], ...]
 """Such a table as pairs: `dict(rules)` is the table, and it can be a key."""
 
 # Tracing reads the rules, so they belong to the key under which jax.jit keeps what it has traced.
@@ -60,7 +67,7 @@ def current_rules() -> Rules:
     return _rules.value
 
 
-def use_rules(changes: Mapping[str, str | None]) -> contextlib.AbstractContextManager[Any]:
+def use_rules(changes: Mapping[str, MeshAxis]) -> contextlib.AbstractContextManager[Any]:
     """Returns a context in which some logical axes go over other mesh axes.
 
     In it, place the parameters and build what works with them; that keeps the rules it was built under.
@@ -84,13 +91,13 @@ def parse_mesh(text: str) -> Mesh:
         ValueError: It is not so written, names an axis that nothing is split over, or does not take
             exactly the devices there are.
     """
-    known = sorted({axis for axis in RULES.values() if axis is not None})
+    known = sorted({axis for axes in dict(current_rules()).values() for axis in _axes(axes)})
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = (word.strip() for word in part.partition("="))
         if name not in known:
             raise ValueError(
-                f"mesh {text!r}: there is no axis {name!r}; the axes are {' and '.join(known)}, "
+                f"mesh {text!r}: there is no axis {name!r}; the axes are {', '.join(known)}, "
                 "as in data=4,tensor=2"
             )
         if name in sizes:
@@ -137,8 +144,17 @@ def batch_multiple() -> int:
     """Returns what a batch must be a multiple of to be split over the mesh that is set."""
     if not explicit_mesh():
         return 1
-    over = dict(current_rules())["batch"]
-    return jax.sharding.get_abstract_mesh().shape.get(over, 1)
+    return parts(jax.sharding.get_abstract_mesh(), "batch")
+
+
+def parts(mesh: Mesh | AbstractMesh, axis: str) -> int:
+    """Returns into how many parts a logical axis is split on a mesh."""
+    over = _axes(dict(current_rules())[axis])
+    return math.prod(mesh.shape.get(name, 1) for name in over)
+
+
+def _axes(over: MeshAxis) -> tuple[str, ...]:
+    return () if over is None else (over,) if isinstance(over, str) else over
 
 
 def split_batch(x: Array) -> Array:
@@ -199,6 +215,16 @@ def check_placed(params: Any) -> None:
         )
 
 
+def used_at(x: Array, *axes: str | None) -> Array:
+    """Returns a weight of these logical axes as the model computes with it: whole over `fsdp`.
+
+    Inside a jitted function; its gradient comes back in slices.
+    """
+    if not explicit_mesh():
+        return x
+    return jax.sharding.reshard(x, spec(*(None if axis == "embed" else axis for axis in axes)))
+
+
 def replicate(x: Any) -> Array:
     """Returns host data as a device array, all of it on every device of the mesh that is set.
 
@@ -235,8 +261,12 @@ def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
 
 def _partition(axes: tuple[str | None, ...], mesh_axes: tuple[str, ...]) -> P:
     rules = dict(current_rules())
-    resolved = [None if axis is None else rules[axis] for axis in axes]
-    return P(*(axis if axis in mesh_axes else None for axis in resolved))
+    found: list[MeshAxis] = []
+    for axis in axes:
+        over = _axes(None if axis is None else rules[axis])
+        here = tuple(name for name in over if name in mesh_axes)
+        found.append(here if len(here) > 1 else here[0] if here else None)
+    return P(*found)
 
 
 def follow(x: Array, *axes: int | str | None) -> P | None:

@@ -31,6 +31,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("jobs",),
     ("synthesizer",),
     ("pipeline", "corpus", "synthesizer_async"),
+    ("data",),
+    ("train",),
     ("dialogue", "doctor", "interrupt", "long_text", "voices_cli"),
     ("cli_arguments",),
     ("generate_cli",),

@@ -14,7 +14,7 @@ from csm_jax import sharding
 from csm_jax.engine import Engine
 from csm_jax.model import param_shardings
 from csm_jax.request import row_settings
-from csm_jax.slots import Slots
+from csm_jax.slots import Slots, VoicePrompt
 from tests.support.engine import drain
 from tests.support.mesh import SHAPES, SIZES, jobs_of, mesh_of, slots_of, speak, split_config
 from tests.support.model import params_of, prompt
@@ -89,7 +89,7 @@ def test_the_state_stays_split_through_every_verb(slots: Slots) -> None:
     want = typed((state, shared))
 
     words = prompt(CONFIG, 4, 0)
-    assert slots.share(words, 1)
+    assert slots.share(VoicePrompt(frames=words[0], mask=words[1]), 1)
     assert typed(state_of(slots)) == want
     prefix = slots.prefill([words, words], [1, -1])
     requests = [job.request for job in JOBS[:4]]

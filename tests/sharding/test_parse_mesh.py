@@ -33,8 +33,8 @@ def test_meshes(text: str, shape: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "no axis ''; the axes are data and tensor"),
-        ("model=8", "no axis 'model'; the axes are data and tensor"),
+        ("", "no axis ''; the axes are data, tensor"),
+        ("model=8", "no axis 'model'; the axes are data, tensor"),
         ("data=4,", "no axis ''"),
         ("8", "no axis '8'"),
         ("data", "size of 'data' must be a whole number of 1 or more, got ''"),

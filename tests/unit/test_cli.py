@@ -455,7 +455,7 @@ TALK = ["--dialogue", "talk.jsonl"]
         (["generate", "hi", "-o", "."], "."),
         (["generate", ""], "text is empty"),
         (["generate", "hi", "--redraws", "-1"], "0 or more"),
-        (["generate", "hi", "--mesh", "model=2"], "the axes are data and tensor"),
+        (["generate", "hi", "--mesh", "model=2"], "the axes are data, tensor"),
         (["batch"], "MANIFEST | ACTION"),
         (["voices"], "ACTION"),
         (["generate", "a\x00b"], "control character"),

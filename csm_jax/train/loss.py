@@ -1,0 +1,232 @@
+"""The training objective.
+
+    loss = mean over trained frames of  CE(code 0)
+         + decoder_loss_weight · mean over trained frames and codes 1..C-1 of  CE(code)
+
+The hidden state of position t-1 predicts frame t; nothing is predicted across the boundary of two
+conversations in a row. The end frame (all codes 0) is a frame like any other. With `amortization_ratio`
+above 1 the decoder sees a new draw of the frames at every step (`csm_jax.train.frames`), weighted so that
+the expected loss and gradient are those of all frames.
+
+Everything is a sum; whoever knows the whole batch divides by its counts (`count`), so that neither the
+split into micro-batches nor that over devices changes the loss. With ratio 1 and weight 1.0 it is
+transformers' `CsmForConditionalGeneration(...).loss` (5.x, called by itself: its Trainer scales the
+decoder's part by C-1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from csm_jax import sharding
+from csm_jax.array_typing import Array, Bool, Float, Int, Key, Params, pytree
+from csm_jax.config import CSMConfig
+from csm_jax.data.batch import Batch
+from csm_jax.llama import rematerialise
+from csm_jax.model import CSM
+from csm_jax.train.frames import draw_frames
+
+# Frames per device that the decoder scores at a time: 31 · 2,051 float32 scores each, 65 MB.
+_DECODER_FRAMES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is minimised and what is kept for its gradient.
+
+    Attributes:
+        amortization_ratio: The decoder sees one in this many frames; 1 for all.
+        decoder_loss_weight: Of codes 1..C-1 against code 0.
+        remat: A name of `csm_jax.llama.REMAT`.
+    """
+
+    amortization_ratio: int
+    decoder_loss_weight: float
+    remat: str
+
+    def __post_init__(self) -> None:
+        if self.amortization_ratio < 1:
+            raise ValueError(
+                f"amortization_ratio must be at least 1, got {self.amortization_ratio}"
+            )
+        if not self.decoder_loss_weight >= 0:
+            raise ValueError(
+                f"decoder_loss_weight must not be negative, got {self.decoder_loss_weight}"
+            )
+
+
+@pytree
+class Counts:
+    """What the sums of a whole batch are divided by.
+
+    Attributes:
+        frames: Weights of all trained frames, end frames included.
+        ends: Those of the end frames.
+    """
+
+    frames: Float[Array, ""]
+    ends: Float[Array, ""]
+
+
+@pytree
+class Sums:
+    """Weighted sums over some rows, in nats; the decoder's are estimates if it saw a draw.
+
+    Attributes:
+        c0: Cross entropy of code 0.
+        decoder: That of codes 1..C-1, one by one.
+        end_c0: That of code 0 over end frames.
+        end_decoder: That of codes 1..C-1 over end frames, together.
+        right: Frames whose code 0 has the highest score.
+    """
+
+    c0: Float[Array, ""]
+    decoder: Float[Array, "C_minus_1"]
+    end_c0: Float[Array, ""]
+    end_decoder: Float[Array, ""]
+    right: Float[Array, ""]
+
+
+def targets(batch: Batch) -> tuple[Int[Array, "*rows S C"], Float[Array, "*rows S"]]:
+    """Returns what positions 0..T-2 are to predict: the next frame's codes, and its weight, 0 for none."""
+    within = batch.segments[..., 1:] == batch.segments[..., :-1]
+    trained = batch.trained[..., 1:] & within
+    codes = jnp.asarray(batch.frames)[..., 1:, :-1]
+    return codes, jnp.where(trained, batch.weight[..., 1:], 0.0)
+
+
+def count(batch: Batch) -> Counts:
+    """Returns the counts of a whole batch, all its micro-batches and rows."""
+    codes, weight = targets(batch)
+    end = ~(codes != 0).any(axis=-1)
+    return Counts(frames=weight.sum(), ends=jnp.where(end, weight, 0.0).sum())
+
+
+def loss_sums(
+    params: Params,
+    batch: Batch,
+    key: Key[Array, ""],
+    *,
+    config: CSMConfig,
+    loss: LossConfig,
+    prefix: Float[Array, "P D"] | None = None,
+) -> Sums:
+    """Returns the sums over the rows of one micro-batch.
+
+    Args:
+        params: Weights as they are computed with.
+        batch: Without an accumulation axis.
+        key: For the draw of the decoder's frames.
+        config: Sizes.
+        loss: The objective; its weight of the decoder is `total`'s business.
+        prefix: Trained inputs of the first P positions of every segment.
+    """
+    model = CSM.bind(config, params)
+    codes, weight = targets(batch)
+    end = ~(codes != 0).any(axis=-1)
+    with jax.named_scope("backbone"):
+        x = model.backbone.embed(jnp.asarray(batch.frames), jnp.asarray(batch.mask))
+        if prefix is not None:
+            x = put_prefix(x, prefix, batch)
+        positions, segments = jnp.asarray(batch.positions), jnp.asarray(batch.segments)
+        hidden = model.backbone.packed(x, positions, segments, remat=loss.remat)
+        hidden = hidden[:, :-1]
+        scores = model.backbone.logits(hidden)
+        c0 = weight * _cross_entropy(scores, codes[..., 0])
+        right = weight * (scores.argmax(axis=-1) == codes[..., 0])
+    with jax.named_scope("decoder"):
+        if loss.amortization_ratio > 1:
+            index, share = draw_frames(key, weight > 0, end, ratio=loss.amortization_ratio)
+            hidden, codes, weight, seen_end = sharding.by_rows(
+                lambda index, *arrays: tuple(_pick(x, index) for x in arrays),
+                index, hidden, codes, weight, end,
+            )  # fmt: skip
+            weight = weight * share
+        else:
+            seen_end = end
+        decoder, end_decoder = _decoder_sums(model, hidden, codes, weight, seen_end, loss.remat)
+    return Sums(
+        c0=c0.sum(),
+        decoder=decoder,
+        end_c0=jnp.where(end, c0, 0.0).sum(),
+        end_decoder=end_decoder,
+        right=right.sum(),
+    )
+
+
+def total(sums: Sums, counts: Counts, *, decoder_loss_weight: float) -> Float[Array, ""]:
+    """Returns the loss; 0 for a batch without a trained frame."""
+    frames = jnp.maximum(counts.frames, 1e-9)
+    return sums.c0 / frames + decoder_loss_weight * sums.decoder.mean() / frames
+
+
+def put_prefix(
+    x: Float[Array, "B T D"], prefix: Float[Array, "P D"], batch: Batch
+) -> Float[Array, "B T D"]:
+    """Returns the inputs with the trained prefix at the first places of every segment."""
+    here = (batch.positions < prefix.shape[0]) & (batch.segments > 0)
+    rows = jnp.where(here, batch.positions, 0)
+    spec = sharding.follow(x, 0, 1, None)
+    vectors = prefix.astype(x.dtype).at[rows].get(out_sharding=spec)
+    return jnp.where(here[:, :, None], vectors, x)
+
+
+def _pick(x: Array, index: Array) -> Array:
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def _cross_entropy(
+    scores: Float[Array, "*batch V"], codes: Int[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    # As a masked sum and not a gather, which a mesh would have to be told about.
+    right = jnp.arange(scores.shape[-1]) == codes[..., None]
+    return jax.nn.logsumexp(scores, axis=-1) - jnp.where(right, scores, 0.0).sum(axis=-1)
+
+
+def _decoder_sums(
+    model: CSM, hidden: Array, codes: Array, weight: Array, end: Array, remat: str
+) -> tuple[Float[Array, "C_minus_1"], Float[Array, ""]]:
+    """Returns the sums over the given frames: per code, and of end frames."""
+    rows, frames = weight.shape
+    size = min(frames, max(1, _DECODER_FRAMES * sharding.batch_multiple() // rows))
+    fill = -frames % size
+
+    def pieces(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, fill)) + ((0, 0),) * (x.ndim - 2))
+        shape = (rows, (frames + fill) // size, size, *x.shape[2:])
+        spec = sharding.follow(x, 0, None, *range(1, x.ndim))
+        return jnp.swapaxes(jnp.reshape(x, shape, out_sharding=spec), 0, 1)
+
+    def flat(x: Bool[Array, "..."] | Array) -> Array:
+        spec = sharding.follow(x, 0, *range(2, x.ndim))
+        return jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]), out_sharding=spec)
+
+    # Trained frames first: the pieces behind them are passed over.
+    order = jnp.argsort(weight == 0, axis=1, stable=True)
+    hidden, codes, weight, end = sharding.by_rows(
+        lambda order, *arrays: tuple(_pick(x, order) for x in arrays),
+        order, hidden, codes, weight, end,
+    )  # fmt: skip
+
+    def score(hidden: Array, codes: Array, weight: Array, end: Array) -> tuple[Array, Array]:
+        hidden, codes, weight, end = (flat(x) for x in (hidden, codes, weight, end))
+        scores = model.decoder.score(hidden, codes, model.decoder_table)
+        each = weight[:, None] * _cross_entropy(scores, codes[:, 1:])
+        return each.sum(axis=0), jnp.where(end[:, None], each, 0.0).sum()
+
+    # Of many frames no more is kept than goes in.
+    score = rematerialise(score, "none" if remat == "none" else "full")
+
+    def nothing(*_: Array) -> tuple[Array, Array]:
+        return jnp.zeros((codes.shape[-1] - 1,), jnp.float32), jnp.zeros((), jnp.float32)
+
+    def step(_: None, piece: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
+        return None, jax.lax.cond(piece[2].any(), score, nothing, *piece)
+
+    _, (each, ends) = jax.lax.scan(
+        step, None, tuple(pieces(x) for x in (hidden, codes, weight, end))
+    )
+    return each.sum(axis=0), ends.sum()

@@ -1,0 +1,92 @@
+"""Speaks sentences with the weights as they are during a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from csm_jax import hub, pipeline
+from csm_jax.array_typing import Params, PyTree
+from csm_jax.audio import write_audio
+from csm_jax.config import CSMConfig
+from csm_jax.prompt import TextTokenizer
+from csm_jax.request import Request
+from csm_jax.train.methods import Method, Prefix, assemble, compute_copy
+from csm_jax.train.settings import RunSettings
+
+_MOST_MS = 10_000  # weights that do not know yet when to stop would speak for minutes
+
+
+class Sampler:
+    """Speaks the same sentences with the same seeds again and again, into `<output_dir>/samples`."""
+
+    def __init__(
+        self, settings: RunSettings, config: CSMConfig, method: Method, dtype: str
+    ) -> None:
+        """Loads what turns codes into audio.
+
+        Raises:
+            FileNotFoundError, ValueError: As `csm_jax.load_csm_1b`.
+        """
+        files = hub.locate(settings.model_name_or_path)
+        self._settings, self._config, self._method, self._dtype = settings, config, method, dtype
+        self._generator = pipeline.Generator(
+            config=config,
+            params={},
+            tokenizer=TextTokenizer.from_file(files.tokenizer()),
+            codec=pipeline.load_codec(settings.model_name_or_path),
+            watermarker=pipeline.load_watermarker(files.watermark_dir, settings.watermark),
+        )
+        self._weights = jax.jit(self._assemble)
+
+    def speak(self, step: int, trainable: PyTree, frozen: Params) -> list[Path]:
+        """Returns the files written; a sentence that the model ends at once has none.
+
+        Args:
+            step: Steps made.
+            trainable: The weights that are trained.
+            frozen: The others.
+
+        Raises:
+            OSError: A file cannot be written.
+        """
+        from csm_jax.voices import model_hash, prefix_voice
+
+        params, prefix = self._weights(trainable, frozen)
+        voice = None
+        if prefix is not None:
+            voice = prefix_voice(
+                f"step-{step}",
+                np.asarray(prefix, np.float32),
+                config=self._config,
+                model=model_hash(frozen) or "",
+                provenance={},
+            )
+        self._generator.params = params
+        requests = [
+            Request(
+                text=text,
+                speaker=self._settings.sample_speaker,
+                seed=i,
+                voice=voice,
+                max_audio_length_ms=_MOST_MS,
+            )
+            for i, text in enumerate(self._settings.sample_text)
+        ]
+        directory = self._settings.output_dir / "samples" / f"step-{step:06d}"
+        directory.mkdir(parents=True, exist_ok=True)
+        written = []
+        for i, result in enumerate(self._generator.generate_results(requests)):
+            if result.audio is not None and result.audio.size and jax.process_index() == 0:
+                path = directory / f"{i}.wav"
+                write_audio(path, result.audio, self._generator.sample_rate)
+                written.append(path)
+        self._generator.params = {}
+        return written
+
+    def _assemble(self, trainable: PyTree, frozen: Params) -> tuple[Params, jax.Array | None]:
+        copy = compute_copy(trainable, self._method, config=self._config, dtype=self._dtype)
+        params, prefix = assemble(copy, frozen, self._method, config=self._config)
+        return params, prefix if isinstance(self._method, Prefix) else None

@@ -1,0 +1,324 @@
+"""Runs: what they leave, what stops them and how they go on, and what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from csm_jax import weights
+from csm_jax.config import CSMConfig
+from csm_jax.data.batch import Batch
+from csm_jax.model import init_params
+from csm_jax.train.checkpoints import RunError
+from csm_jax.train.methods import Full, divide
+from csm_jax.train.run import DivergedError, Hooks, Stopped, train
+from csm_jax.train.settings import RunSettings
+from tests.support import data as clips
+from tests.support.model import short_config
+from tests.support.tokenizer import build_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 6
+
+
+def micro() -> CSMConfig:
+    config = short_config()
+    return dataclasses.replace(
+        config,
+        backbone=dataclasses.replace(config.backbone, num_layers=1),
+        decoder=dataclasses.replace(config.decoder, num_layers=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a directory with `model`, without tokenizer and codec, and `data`."""
+    path = tmp_path_factory.mktemp("train")
+    params = init_params(micro(), jax.random.key(0), dtype=jnp.float32)
+    weights.save_checkpoint(path / "model", micro(), params, layout="transformers")
+    clips.tokenize(
+        clips.some_lines(path / "set", 12), path / "data", config=micro(), max_length=128
+    )
+    return path
+
+
+def settings(place: Path, out: Path, **changes) -> RunSettings:
+    given = {
+        "train_file": place / "data",
+        "output_dir": out,
+        "model_name_or_path": str(place / "model"),
+        "max_length": 128,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "amortization_ratio": 8,
+        "learning_rate": 1e-3,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "export_layout": "transformers",
+    }
+    return RunSettings(**given | changes)
+
+
+def final(out: Path) -> bytes:
+    return (out / "final" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """Returns the directory of a run that nothing stopped."""
+    out = place / "whole"
+    train(settings(place, out))
+    return out
+
+
+def log(out: Path, kind: str = "train") -> list[dict]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+# --- what it leaves -----------------------------------------------------------------------------
+
+
+def test_a_run_leaves_weights_that_have_learnt(whole: Path, place: Path):
+    lines = log(whole)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.2
+    assert len(lines[0]["decoder_codes"]) == micro().num_codebooks - 1
+    assert all(line["frames_per_s"] > 0 for line in lines[1:])
+    config, params = weights.load_checkpoint(whole / "final")
+    assert config == micro()
+    _, before = weights.load_checkpoint(place / "model")
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, params)
+    assert all(jax.tree.leaves(changed))
+    assert sorted(int(path.name) for path in (whole / "checkpoints").iterdir()) == [4, 6]
+
+
+def test_a_finished_run_is_done_at_once(whole: Path, place: Path):
+    notes: list[str] = []
+    before = final(whole)
+    train(settings(place, whole), Hooks(note=notes.append))
+    assert any("going on from step 6" in note for note in notes)
+    assert final(whole) == before
+    assert len(log(whole)) == STEPS
+
+
+def test_evaluation_is_the_same_every_time(place: Path, tmp_path: Path):
+    asked = settings(
+        place,
+        tmp_path / "run",
+        max_steps=1,
+        eval_file=place / "data",
+        eval_steps=1,
+        learning_rate=1e-12,
+    )
+    train(asked)
+    again = dataclasses.replace(asked, output_dir=tmp_path / "again", seed=7)
+    train(again)
+    one, other = log(tmp_path / "run", "eval")[0], log(tmp_path / "again", "eval")[0]
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+    assert {"eos_c0", "eos_decoder", "decoder_codes"} <= one.keys()
+
+
+# --- what stops it ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stops", [(1,), (2, 5)])
+def test_a_stopped_run_ends_in_the_same_bits(place: Path, whole: Path, tmp_path: Path, stops):
+    out, made = tmp_path / "run", 0
+
+    def count(step, steps, metrics):
+        nonlocal made
+        made = step
+
+    for stop in stops:
+        asked = iter(range(100))
+        # Asked after every step, from the one that this start begins with.
+        first = made if not made else stops[stops.index(stop) - 1]
+        with pytest.raises(Stopped) as stopped:
+            train(
+                settings(place, out),
+                Hooks(
+                    progress=count, stopping=lambda a=asked, f=first, s=stop: f + next(a) + 1 == s
+                ),
+            )
+        assert stopped.value.step == stop
+        made = stop
+    train(settings(place, out))
+    assert final(out) == final(whole)
+    assert [line["loss"] for line in log(out)] == [line["loss"] for line in log(whole)]
+
+
+RUN = """
+import json, resource, signal, sys
+from pathlib import Path
+if sys.argv[3] != "0":  # as a full disk: no file may grow beyond this
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+import jax
+jax.config.update("jax_compilation_cache_dir", sys.argv[2])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+from csm_jax.train.run import Hooks, train
+from csm_jax.train.settings import RunSettings
+given = json.loads(sys.argv[1])
+for name in ("train_file", "output_dir"):
+    given[name] = Path(given[name])
+train(RunSettings(**given), Hooks(note=lambda text: print(text, flush=True),
+      progress=lambda step, steps, metrics: print("step", step, flush=True)))
+"""
+
+
+def start(asked: RunSettings, cache: Path, *, most_bytes: int = 0) -> subprocess.Popen:
+    given = {
+        field.name: getattr(asked, field.name)
+        for field in dataclasses.fields(asked)
+        if getattr(asked, field.name) != field.default
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, json.dumps(given, default=str), str(cache), str(most_bytes)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_run_ends_in_the_same_bits(place: Path, whole: Path, tmp_path: Path, kills: int):
+    rng, out, killed = random.Random(kills), tmp_path / "run", 0
+    asked = settings(place, out, save_steps=1)
+    while True:
+        with start(asked, place / "cache") as process:
+            assert process.stdout is not None
+            if killed < kills:
+                for line in process.stdout:
+                    # At some instant of a step or of its checkpoint.
+                    if line.startswith(("training", "step")) and rng.random() < 0.5:
+                        time.sleep(rng.random() * 0.3)
+                        process.send_signal(signal.SIGKILL)
+                        break
+            text = process.stdout.read()
+            code = process.wait()
+        if code == -signal.SIGKILL:
+            killed += 1
+            continue
+        assert code == 0, text
+        if killed >= kills:
+            break
+        shutil.rmtree(out)  # it was faster than its killer: once more
+    assert final(out) == final(whole)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(place: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    asked = settings(place, out, save_total_limit=None)
+    with pytest.raises(Stopped):
+        train(asked, Hooks(stopping=iter([False, False, True]).__next__))
+    saved = {path.name for path in (out / "checkpoints").iterdir()}
+    assert saved == {"2", "3"}
+
+    with start(asked, place / "none", most_bytes=100_000) as process:
+        text = process.communicate(timeout=300)[0]
+    assert process.returncode != 0
+    assert "was not written" in text, text
+    assert "the last whole one is that of step 3" in text, text
+    train(asked)  # room again
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] == STEPS
+
+
+# --- what it refuses ----------------------------------------------------------------------------
+
+
+def test_another_run_s_directory_is_refused(place: Path, whole: Path):
+    with pytest.raises(RunError) as error:
+        train(settings(place, whole, learning_rate=1e-4, seed=1))
+    assert "learning_rate: 0.001 there, 0.0001 now" in str(error.value)
+    assert "seed: 42 there, 1 now" in str(error.value)
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_before(
+    place: Path, whole: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    for path in (out / "checkpoints" / "6" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:7])
+    with pytest.raises(RunError, match=r"6 cannot be read .*--resume_from_checkpoint 4"):
+        train(settings(place, out))
+    shutil.rmtree(out / "checkpoints" / "6")
+    train(settings(place, out))
+    assert final(out) == final(whole)
+
+
+def test_data_of_another_tokenizer_are_refused(place: Path, tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(place / "model", model)
+    build_tokenizer().save(str(model / "tokenizer.json"))
+    with pytest.raises(ValueError, match="was tokenised with another tokenizer"):
+        train(settings(place, tmp_path / "run", model_name_or_path=str(model)))
+
+
+def test_weights_of_too_few_bits_are_refused():
+    params = init_params(micro(), jax.random.key(0), dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="are bfloat16, but must be float32"):
+        divide(Full(), params, config=micro(), key=jax.random.key(0), dtype="bfloat16")
+
+
+def test_a_run_that_diverges_ends(place: Path, tmp_path: Path):
+    model = tmp_path / "model"
+    config, params = weights.load_checkpoint(place / "model")
+    params["backbone"]["final_norm"] = params["backbone"]["final_norm"] * np.nan
+    weights.save_checkpoint(model, config, params, layout="transformers")
+    out = tmp_path / "run"
+    with pytest.raises(DivergedError, match="not finite for 10 steps"):
+        train(settings(place, out, model_name_or_path=str(model), max_steps=30))
+    assert log(out)[-1]["skipped"] == 1
+
+
+def test_missing_data_are_named(place: Path, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: there is no such file"):
+        train(settings(place, tmp_path / "run", train_file=tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "prefix"}, "whoever is heard in the recordings agreed"),
+        ({"method": "all"}, "method must be one of full, lora, prefix"),
+        ({"scratch": "tiny", "method": "lora"}, "scratch trains all weights"),
+        ({"save_steps": 0}, "save_steps must be at least 1"),
+        ({"eval_steps": 5}, "eval_steps needs an eval_file"),
+        ({"sample_steps": 5}, "sample_steps and sample_text go together"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio must be at least 0 and below 1"),
+        ({"dtype": "int8"}, "dtype must be float32 or bfloat16"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    place: Path, tmp_path: Path, changes, message
+):
+    with pytest.raises(ValueError, match=message):
+        settings(place, tmp_path, **changes)
+
+
+def test_batches_are_fed_whole(place: Path):
+    # Every trained frame of an epoch is in exactly one batch.
+    from csm_jax.data.loader import TrainData
+
+    opened = TrainData(place / "data", config=micro(), max_length=128)
+    batches = opened.batches(
+        seed=0, epochs=1, rows=2, accumulation=2, process_index=0, process_count=1
+    )
+    seen: list[Batch] = list(batches)
+    assert sum(int(batch.trained.sum()) for batch in seen) == opened.num_trained_frames
