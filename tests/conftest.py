@@ -19,8 +19,18 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / "build" / "test-jax-cache"))
+# Shared by pytest-xdist's workers and by the processes that tests start. With a bound on its size comes a
+# lock: without one, a program is read while another process writes it. A directory of your own keeps its
+# settings: JAX reads only those entries under a bound that were written under one.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / "build" / "test-compilations")
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2 << 30)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Threads of torch that wait for work keep the others from the cores. Among several workers, one is enough
+# for what the tests compute.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing in the tests may reach for the network.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -39,6 +49,15 @@ import pytest  # noqa: E402
 @pytest.fixture(scope="session")
 def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory like any other, with random weights: what `make demo` speaks with."""
+    from filelock import FileLock
+
     from tests.support.demo import build
 
-    return build(tmp_path_factory.mktemp("demo") / "model")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return build(tmp_path_factory.mktemp("demo") / "model")
+    # The first worker builds it for all.
+    model = tmp_path_factory.getbasetemp().parent / "demo"
+    with FileLock(model.with_suffix(".lock")):
+        if not model.exists():
+            build(model.with_suffix(".part")).rename(model)
+    return model

@@ -77,6 +77,14 @@ def test_research(run: Callable[..., str], tmp_path: Path) -> None:
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
+def test_train_step(run: Callable[..., str]) -> None:
+    out = run("train_step.py", "--mesh", "data=2,fsdp=4", "--steps", "3")
+    assert "q_proj: float32[128,128@fsdp]" in out
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", out)]
+    assert len(losses) == 3
+    assert losses[2] < losses[1] < losses[0] - 1
+
+
 def test_demo(run: Callable[..., str], tmp_path: Path) -> None:
     words = ("--out", str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--text", "Hi.")
     out = run("demo.py", *words, "--max-audio-length-ms", "320")
@@ -99,3 +107,15 @@ def test_the_page_about_sharding_runs(capsys: pytest.CaptureFixture[str]) -> Non
     assert "{'all-gather': 3, 'all-reduce': 132}" in out
     assert "codebook_scan" in out
     assert "ShardingTypeError" in out
+
+
+def test_the_page_about_training_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "research-training.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    exec("\n".join(blocks), {})
+    frames, *steps, flops = capsys.readouterr().out.splitlines()
+    assert frames == "30"
+    losses = [float(step.split()[1]) for step in steps]
+    assert losses[2] < losses[1] < losses[0] - 1
+    assert flops.startswith("7.65")

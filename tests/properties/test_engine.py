@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from csm_jax.engine import Engine, Job, Update
-from csm_jax.slots import Slots
+from csm_jax.slots import Programs, Slots
 from tests.support.engine import Collected, drain, job, micro_config, sizes
 from tests.support.model import params_of
 
 CONFIG = micro_config()
 CHUNKS = (1, 2, 5)
-SCHEDULES = 1_000
 
 
 def jobs() -> list[Job]:
@@ -44,13 +43,17 @@ JOBS = jobs()
 def devices() -> dict[int, Slots]:
     """Slots of one batch size and several chunk sizes."""
     made = {}
+    programs: Programs = {}
     for chunk in CHUNKS:
         made[chunk] = Slots(
             CONFIG,
             params_of(CONFIG),
             sizes(slots=5, capacity=512, chunk_frames=chunk, segments=2, segment_capacity=64),
+            # All but the frames are the same.
+            programs={key: program for key, program in programs.items() if key[0] != "advance"},
         )
         made[chunk].warm_up()
+        programs = made[chunk]._programs
     return made
 
 
@@ -84,12 +87,13 @@ def test_the_jobs_end_in_every_way(alone: list[tuple[np.ndarray, Update]]) -> No
     assert sum(len(codes) > 10 for codes, _ in alone) > 5
 
 
+@pytest.mark.parametrize("schedules", [200, pytest.param(1_000, marks=pytest.mark.slow)])
 def test_random_schedules_change_no_bit(
-    devices: dict[int, Slots], alone: list[tuple[np.ndarray, Update]]
+    devices: dict[int, Slots], alone: list[tuple[np.ndarray, Update]], schedules: int
 ) -> None:
     compiled = {chunk: device.compilations for chunk, device in devices.items()}
     cancelled_early = 0
-    for seed in range(SCHEDULES):
+    for seed in range(schedules):
         rng = random.Random(seed)
         device = devices[rng.choice(CHUNKS)]
         # Not reset: what the schedule before left in slots and segments must not be heard.
@@ -115,5 +119,5 @@ def test_random_schedules_change_no_bit(
                 cancelled_early += len(got) < len(codes)
                 codes = codes[: len(got)]
             np.testing.assert_array_equal(got, codes, err_msg=f"schedule {seed}, job {which}")
-    assert cancelled_early > 100
+    assert cancelled_early > schedules // 10
     assert {chunk: device.compilations for chunk, device in devices.items()} == compiled

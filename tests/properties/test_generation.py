@@ -25,6 +25,7 @@ from tests.support.model import (
 )
 
 CONFIG = short_config()
+SCORES = jax.jit(forward, static_argnames="config")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_cached_generation_equals_teacher_forced_scores(params: Params) -> None:
     text = np.zeros((len(codes), 1), np.int32)
     frames = np.concatenate([frames, np.concatenate([codes, text], axis=1)])
     mask = np.concatenate([mask, np.concatenate([codes >= 0, text > 0], axis=1)])
-    c0, decoder = forward(params, jnp.asarray(frames)[None], jnp.asarray(mask)[None], config=CONFIG)
+    c0, decoder = SCORES(params, jnp.asarray(frames)[None], jnp.asarray(mask)[None], config=CONFIG)
     first = len(PROMPTS[2][0]) - 1
     size = CONFIG.codebook_size
     want = np.concatenate(
@@ -111,19 +112,20 @@ def test_scores_do_not_see_the_future(params: Params) -> None:
 
     assert rows == CONFIG.num_codebooks * CONFIG.audio_vocab_size
     shift = jnp.zeros((1, frames.shape[1], CONFIG.backbone.embed_dim))
+    gradient = jax.jit(jax.grad(score), static_argnums=(1, 2))
     for head in (0, 1):
-        influence = np.abs(np.asarray(jax.grad(score)(shift, 4, head))[0]).max(axis=-1)
+        influence = np.abs(np.asarray(gradient(shift, 4, head))[0]).max(axis=-1)
         assert not influence[5:].any()
         assert (influence[:5] > 0).all()
 
 
 def test_a_decoder_score_sees_earlier_codes_only(params: Params) -> None:
     frames, mask = prompt(CONFIG, 2, 6)
-    base = forward(params, jnp.asarray(frames)[None], jnp.asarray(mask)[None], config=CONFIG)[1]
+    base = SCORES(params, jnp.asarray(frames)[None], jnp.asarray(mask)[None], config=CONFIG)[1]
     for codebook in range(CONFIG.num_codebooks):
         changed = frames.copy()
         changed[-1, codebook] = (changed[-1, codebook] + 1) % CONFIG.codebook_size
-        other = forward(params, jnp.asarray(changed)[None], jnp.asarray(mask)[None], config=CONFIG)
+        other = SCORES(params, jnp.asarray(changed)[None], jnp.asarray(mask)[None], config=CONFIG)
         differs = np.asarray(jnp.abs(other[1] - base)[0, -1].max(axis=-1)) > 0
         # Head i scores code i + 1; it sees codes 0..i.
         assert differs.tolist() == [i >= codebook for i in range(CONFIG.num_codebooks - 1)]
@@ -307,12 +309,12 @@ def test_an_untied_decoder_reads_its_own_table() -> None:
     untied = dataclasses.replace(CONFIG, tie_codebooks_embeddings=False)
     params = params_of(untied)
     frames, mask = (jnp.asarray(part)[None] for part in prompt(CONFIG, 3, 4))
-    c0, decoder = forward(params, frames, mask, config=untied)
+    c0, decoder = SCORES(params, frames, mask, config=untied)
     other = params | {
         "decoder": params["decoder"]
         | {"audio_embeddings": params["decoder"]["audio_embeddings"][::-1]}
     }
-    other_c0, other_decoder = forward(other, frames, mask, config=untied)
+    other_c0, other_decoder = SCORES(other, frames, mask, config=untied)
     np.testing.assert_array_equal(np.asarray(other_c0), np.asarray(c0))
     assert float(jnp.abs(other_decoder - decoder).max()) > 0.1
     codes = [
