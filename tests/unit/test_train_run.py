@@ -122,6 +122,7 @@ def test_evaluation_is_the_same_every_time(place: Path, tmp_path: Path):
         eval_file=place / "data",
         eval_steps=1,
         learning_rate=1e-12,
+        tensorboard=True,
     )
     train(asked)
     again = dataclasses.replace(asked, output_dir=tmp_path / "again", seed=7)
@@ -129,6 +130,7 @@ def test_evaluation_is_the_same_every_time(place: Path, tmp_path: Path):
     one, other = log(tmp_path / "run", "eval")[0], log(tmp_path / "again", "eval")[0]
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
     assert {"eos_c0", "eos_decoder", "decoder_codes"} <= one.keys()
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 
 # --- what stops it ------------------------------------------------------------------------------
