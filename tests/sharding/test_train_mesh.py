@@ -39,7 +39,7 @@ OPTIMIZER = OptimizerConfig(
 )
 METHODS: dict[str, Method] = {"full": Full(), "lora": Lora(LoraConfig()), "prefix": Prefix(4)}
 CASES = (
-    ("full", "fsdp=8"),
+    pytest.param("full", "fsdp=8", marks=pytest.mark.slow),  # the two below have its parts
     ("full", "data=2,fsdp=4"),
     ("full", "fsdp=4,tensor=2"),
     # A minute of compiling each: what is sharded in them is tested with `full`.
