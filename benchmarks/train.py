@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -27,28 +26,18 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks.bench import machine  # noqa: E402
+from benchmarks.report import report  # noqa: E402
 from csm_jax.config import FRAME_RATE, CSMConfig, csm_1b  # noqa: E402
 from csm_jax.data.packing import pack  # noqa: E402
 from csm_jax.model import num_params  # noqa: E402
 from csm_jax.train.loss import LossConfig  # noqa: E402
 from csm_jax.train.methods import Full, divide  # noqa: E402
-from csm_jax.train.optimizer import OptimizerConfig  # noqa: E402
 from csm_jax.train.step import StepConfig, init_state, make_step, place  # noqa: E402
 from tests.parity import inputs  # noqa: E402
 from tests.parity.reference import transformers as reference  # noqa: E402
 from tests.support import training  # noqa: E402
 
-OPTIMIZER = OptimizerConfig(
-    learning_rate=1e-5,
-    lr_scheduler_type="constant",
-    warmup_steps=0,
-    max_steps=1000,
-    weight_decay=0.0,
-    adam_beta1=0.9,
-    adam_beta2=0.95,
-    adam_epsilon=1e-8,
-    max_grad_norm=1.0,
-)
+OPTIMIZER = training.optimizer(1e-5, 1000)
 
 
 def medium() -> CSMConfig:
@@ -223,15 +212,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args(argv)
-    result = measure(args)
-    result["command"] = "python benchmarks/train.py " + " ".join(
-        sys.argv[1:] if argv is None else argv
-    )
-    print(card(result))
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return result
+    return report("train", lambda: measure(args), card, argv=argv, path=args.json)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("logging_steps", int, "steps from line to line of log.jsonl")
     add("save_steps", int, "steps from checkpoint to checkpoint")
     add("save_total_limit", int, "latest checkpoints kept")
-    add("resume_from_checkpoint", int, "this step instead of the last")
+    add("resume_from_checkpoint", int, "go on from this step; later checkpoints are removed")
     add("eval_steps", int, "steps from evaluation to evaluation (default: at the end only)")
     add("tensorboard", bool, "write TensorBoard's files as well")
     add("sample_steps", int, "steps from sample to sample of speech, and at the end")

@@ -157,6 +157,13 @@ class Checkpoints:
         leaves = [found.state["leaves"][name] for name in _names(like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), found.data
 
+    def drop_after(self, step: int) -> list[int]:
+        """Removes the checkpoints of steps after this one, and returns which they were."""
+        later = [other for other in self.steps() if other > step]
+        for other in later:
+            self._manager.delete(other)
+        return later
+
     def wait(self) -> None:
         """Returns when what was begun is saved.
 

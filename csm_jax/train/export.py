@@ -89,14 +89,10 @@ def _bring_along(files: ModelFiles, final: Path, note: Callable[[str], None]) ->
     """Copies what else belongs to a model directory from the base model, and says what it lacks."""
     from csm_jax.hub import MIMI, TOKENIZER, WATERMARK_FOLDER, HubError
 
-    def codec() -> Path:
-        # One inside a checkpoint has been written with the weights, or to a file of its own.
-        return files.mimi_beside() or files.mimi()
-
     marks = f"silentcipher/{WATERMARK_FOLDER}"
     wanted = [(TOKENIZER, files.tokenizer), (marks, files.watermark_dir)]
-    if not _holds_codec(files):
-        wanted.append((MIMI, codec))
+    if not _holds_codec(files):  # else it has been written with the weights
+        wanted.append((MIMI, files.mimi))
     for name, find in wanted:
         try:
             found = find()

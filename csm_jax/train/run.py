@@ -6,10 +6,9 @@ checkpoint, and the weights it ends with are bit for bit those of a run that not
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,16 +21,15 @@ import numpy as np
 from csm_jax import config as csm_config
 from csm_jax import sharding
 from csm_jax.array_typing import Params, PyTree
-from csm_jax.config import FRAME_RATE, CSMConfig, default_dtype
-from csm_jax.data.batch import Batch
+from csm_jax.config import CSMConfig, default_dtype
 from csm_jax.data.loader import TrainData
 from csm_jax.model import init_params, num_params, param_shardings
-from csm_jax.train.checkpoints import Checkpoints, RunError, open_run
-from csm_jax.train.cost import peak_flops, step_flops
+from csm_jax.train.checkpoints import Checkpoints, open_run
 from csm_jax.train.export import export
 from csm_jax.train.log import Log
 from csm_jax.train.lora import LoraConfig
 from csm_jax.train.loss import LossConfig
+from csm_jax.train.meter import Meter, Work
 from csm_jax.train.methods import Full, Lora, Method, Prefix, divide, trainable_shardings
 from csm_jax.train.optimizer import OptimizerConfig
 from csm_jax.train.settings import LEARNING_RATES, WEIGHT_DECAYS, RunSettings
@@ -145,7 +143,8 @@ class _Run:
             state, made = self._resume(checkpoints, state, batches)
             if jax.process_index() == 0:
                 self.log = Log(settings.output_dir, step=made, tensorboard=settings.tensorboard)
-            state = self._loop(state, frozen, batches, checkpoints, made)
+            with contextlib.closing(batches):
+                state = self._loop(state, frozen, batches, checkpoints, made)
             note("writing the trained weights")
             if jax.process_count() > 1:
                 state, frozen = _whole(state), _whole(frozen)
@@ -167,19 +166,19 @@ class _Run:
 
     def _count_steps(self) -> int:
         s = self.settings
-        each = self.rows * jax.process_count() * s.gradient_accumulation_steps
         if s.max_steps is not None:
             return s.max_steps
-        return self.data.steps(seed=s.seed, epochs=s.num_train_epochs, rows_per_step=each)
+        return self.data.steps(
+            seed=s.seed, epochs=s.num_train_epochs, rows_per_step=self._rows_per_step()
+        )
+
+    def _rows_per_step(self) -> int:
+        return self.rows * jax.process_count() * self.settings.gradient_accumulation_steps
 
     def _epochs(self) -> int:
         # With a number of steps given, as many epochs as they may take: one holds a row at least.
-        return (
-            self.settings.num_train_epochs
-            if self.settings.max_steps is None
-            else self.steps
-            * (self.rows * jax.process_count() * self.settings.gradient_accumulation_steps)
-        )
+        given = self.settings.max_steps
+        return self.settings.num_train_epochs if given is None else given * self._rows_per_step()
 
     def _step_config(self) -> StepConfig:
         s = self.settings
@@ -253,11 +252,8 @@ class _Run:
         state, place = checkpoints.restore(steps[-1] if wanted is None else wanted, state)
         batches.restore(place)
         made = int(state.step)
-        if wanted is not None and made < steps[-1]:
-            raise RunError(
-                f"step {wanted:,} is not the last of {steps}: remove the later checkpoints first, they "
-                "would be in the way"
-            )
+        if later := checkpoints.drop_after(made):
+            self.hooks.note(f"removed the checkpoints of later steps, {later}: they are made again")
         self.hooks.note(f"going on from step {made:,}")
         return state, made
 
@@ -275,8 +271,8 @@ class _Run:
         step = make_step(self.step_config)
         evaluate = make_evaluation(self.step_config) if self.eval_data is not None else None
         sampler = self._sampler()
-        meter = _Meter(self.config, settings)
-        pending: tuple[Metrics, _Work] | None = None
+        meter = Meter(self.config, settings)
+        pending: tuple[Metrics, Work] | None = None
         saved = made if made in checkpoints.steps() else -1
         while made < self.steps:
             batch = next(batches)
@@ -314,7 +310,7 @@ class _Run:
         checkpoints.wait()
         return state
 
-    def _tell(self, step: int, metrics: Metrics, work: _Work, meter: _Meter) -> None:
+    def _tell(self, step: int, metrics: Metrics, work: Work, meter: Meter) -> None:
         meter.add(work)
         values = {
             name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()
@@ -363,85 +359,6 @@ class _Run:
         from csm_jax.train.samples import Sampler
 
         return Sampler(self.settings, self.config, self.method, self.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Work:
-    """What a step is: frames of audio read, model FLOPs, share of positions that are no padding."""
-
-    frames: int
-    flops: float
-    fill: float
-
-
-class _Meter:
-    """Throughput since it was last read."""
-
-    def __init__(self, config: CSMConfig, settings: RunSettings) -> None:
-        self.first_s: float | None = None
-        self._config, self._settings = config, settings
-        self._peak = peak_flops(jax.devices()[0])
-        self.restart()
-
-    def restart(self) -> None:
-        """Begins to count anew."""
-        self._begun = self._paused = time.perf_counter()
-        self._frames, self._flops, self._fill = 0, 0.0, 1.0
-
-    def pause(self) -> None:
-        """Stops the clock: what comes is no training."""
-        self._paused = time.perf_counter()
-
-    def go_on(self) -> None:
-        """Lets it go on."""
-        self._begun += time.perf_counter() - self._paused
-
-    def weigh(self, batch: Batch, *, fill: float) -> _Work:
-        """Returns the work of a step, given one process's batch."""
-        hosts, s = jax.process_count(), self._settings
-        sound = np.asarray(batch.mask)[..., 0]
-        positions = int((np.asarray(batch.segments) > 0).sum()) * hosts
-        rows = math.prod(batch.segments.shape[:-1]) * hosts
-        seen = rows * -(-batch.segments.shape[-1] // s.amortization_ratio)
-        flops = step_flops(
-            self._config,
-            positions=positions,
-            decoder_frames=min(seen, positions),
-            trained=s.method,
-            max_length=s.max_length,
-        )
-        return _Work(frames=int(sound.sum()) * hosts, flops=flops, fill=fill)
-
-    def add(self, work: _Work) -> None:
-        """Counts a step that is done."""
-        self._frames += work.frames
-        self._flops += work.flops
-        self._fill = work.fill
-
-    def read(self) -> dict[str, float | None]:
-        """Returns the figures since the last reading, and begins anew."""
-        seconds = max(time.perf_counter() - self._begun, 1e-9)
-        mesh = sharding.current_mesh()
-        devices = 1 if mesh is None else mesh.size
-        mfu = None if self._peak is None else self._flops / seconds / (self._peak * devices)
-        found = {
-            "frames_per_s": self._frames / seconds,
-            "audio_s_per_s": self._frames / FRAME_RATE / seconds,
-            "mfu": mfu,
-            "fill": self._fill,
-            "peak_memory_bytes": peak_memory(),
-        }
-        self.restart()
-        return found
-
-
-def peak_memory() -> int:
-    """Returns the most bytes used so far: of the first device, or of the process on a CPU."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _sizes(settings: RunSettings) -> tuple[CSMConfig, Path | None]:

@@ -18,26 +18,11 @@ from csm_jax.train import step as steps
 from csm_jax.train.lora import LoraConfig, apply_lora, merge_lora
 from csm_jax.train.loss import LossConfig
 from csm_jax.train.methods import Full, Lora, Method, Prefix, divide
-from csm_jax.train.optimizer import OptimizerConfig
 from csm_jax.train.step import StepConfig, TrainState, make_evaluation, make_step, place
 from tests.support import training
 from tests.support.model import settings, short_config
 
 CONFIG = short_config()
-
-
-def optimizer(rate: float, count: int) -> OptimizerConfig:
-    return OptimizerConfig(
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(5, count - 1),
-        max_steps=count,
-        weight_decay=0.0,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        adam_epsilon=1e-8,
-        max_grad_norm=1.0,
-    )
 
 
 def fit(
@@ -60,7 +45,9 @@ def fit(
         loss=LossConfig(
             amortization_ratio=ratio, decoder_loss_weight=decoder_loss_weight, remat="none"
         ),
-        optimizer=optimizer(rate, count),
+        optimizer=training.optimizer(
+            rate, count, lr_scheduler_type="cosine", warmup_steps=min(5, count - 1)
+        ),
         dtype="float32",
         seed=0,
     )

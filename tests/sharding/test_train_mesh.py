@@ -15,7 +15,6 @@ from csm_jax.model import init_params, param_shardings
 from csm_jax.train.lora import LoraConfig
 from csm_jax.train.loss import LossConfig
 from csm_jax.train.methods import Full, Lora, Method, Prefix, divide, trainable_shardings
-from csm_jax.train.optimizer import OptimizerConfig
 from csm_jax.train.step import StepConfig, TrainState, init_state, make_step, place
 from tests.support import training
 from tests.support.model import short_config
@@ -25,18 +24,8 @@ CONFIG = dataclasses.replace(
     backbone=dataclasses.replace(short_config().backbone, num_layers=1),
     decoder=dataclasses.replace(short_config().decoder, num_layers=1),
 )
-OPTIMIZER = OptimizerConfig(
-    learning_rate=1e-3,
-    lr_scheduler_type="constant",
-    warmup_steps=0,
-    max_steps=10,
-    weight_decay=0.1,
-    adam_beta1=0.9,
-    adam_beta2=0.95,
-    # Where a gradient is nearly 0, Adam would divide the rounding of a sum by itself.
-    adam_epsilon=1e-3,
-    max_grad_norm=1.0,
-)
+# Where a gradient is nearly 0, Adam would divide the rounding of a sum by itself.
+OPTIMIZER = training.optimizer(1e-3, 10, weight_decay=0.1, adam_epsilon=1e-3)
 METHODS: dict[str, Method] = {"full": Full(), "lora": Lora(LoraConfig()), "prefix": Prefix(4)}
 CASES = (
     pytest.param("full", "fsdp=8", marks=pytest.mark.slow),  # the two below have its parts

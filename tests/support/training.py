@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from csm_jax.config import CSMConfig
 from csm_jax.data.batch import Batch
+from csm_jax.train.optimizer import OptimizerConfig
+
+
+def optimizer(learning_rate: float, max_steps: int, **changes: Any) -> OptimizerConfig:
+    """Returns the defaults of a run with a constant rate and without warm-up, with changes."""
+    given: dict[str, Any] = {
+        "learning_rate": learning_rate,
+        "max_steps": max_steps,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": 1.0,
+    }
+    return OptimizerConfig(**given | changes)
 
 
 @dataclass

@@ -15,9 +15,8 @@ from csm_jax.model import init_params
 from csm_jax.train.cost import step_flops
 from csm_jax.train.lora import LoraConfig
 from csm_jax.train.loss import LossConfig, count, loss_sums, total
+from csm_jax.train.meter import peak_memory
 from csm_jax.train.methods import Lora, divide
-from csm_jax.train.optimizer import OptimizerConfig
-from csm_jax.train.run import peak_memory
 from csm_jax.train.step import StepConfig, init_state, make_step, place
 from tests.support import training
 from tests.support.program import abstract_params, loop_flops
@@ -64,17 +63,7 @@ def test_a_step_of_lora_runs_in_24_gib():
     config, lora = csm_1b(), Lora(LoraConfig())
     params = init_params(config, jax.random.key(0), dtype=jnp.float32)
     trainable, frozen = divide(lora, params, config=config, key=jax.random.key(1), dtype="float32")
-    optimizer = OptimizerConfig(
-        learning_rate=2e-4,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        max_steps=2,
-        weight_decay=0.0,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        adam_epsilon=1e-8,
-        max_grad_norm=1.0,
-    )
+    optimizer = training.optimizer(2e-4, 2)
     step = make_step(
         StepConfig(
             model=config,
