@@ -1,4 +1,4 @@
-"""The command line: `csm-jax generate | batch | voices | data | train | convert | verify | doctor`.
+"""The command `csm-jax`: generate, batch, eval, voices, data, train, convert, verify, doctor.
 
 A user's mistake is one line and exit status 2. Heavy modules are imported where they are used.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from csm_jax import generate_cli
 from csm_jax.cli_arguments import build_parser
+from csm_jax.host_memory import keep_freed_memory
 from csm_jax.interrupt import EXIT_INTERRUPTED, Interrupt
 from csm_jax.watermark_key import DEFAULT_KEY
 
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else EXIT_ERROR
     except (ImportError, OSError) as error:
         return _fail(error)
+    if own_process and args.handler in (_generate, _batch, _eval, _train):
+        keep_freed_memory()
     try:
         return args.handler(args)
     except KeyboardInterrupt:
@@ -110,6 +113,13 @@ def _batch(args: argparse.Namespace) -> int:
         return corpus_cli.main(
             args, open_synthesizer=_open_synthesizer, on_progress=_interrupt.check
         )
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from csm_jax.eval import cli as eval_cli
+
+    with _interrupt.tidying():
+        return eval_cli.main(args, open_synthesizer=_open_synthesizer, on_progress=_interrupt.check)
 
 
 def _data(args: argparse.Namespace) -> int:
@@ -196,6 +206,7 @@ def _doctor(args: argparse.Namespace) -> int:
 _HANDLERS = {
     "generate": _generate,
     "batch": _batch,
+    "eval": _eval,
     "data": _data,
     "voices": _voices,
     "train": _train,

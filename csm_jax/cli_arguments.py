@@ -82,6 +82,7 @@ def build_parser(
     wanted = next((word for word in argv if not word.startswith("-")), None)
     for name, help, add_arguments in (
         ("batch", "speak a corpus from a manifest", _add_batch),
+        ("eval", "measure how well a model speaks", _add_eval),
         ("data", "make recordings ready for training", _add_data),
         ("voices", "keep voices by name", _add_voices),
         ("train", "fine-tune a model", _add_train),
@@ -113,6 +114,12 @@ def _add_model(parser: argparse._ActionsContainer) -> None:
 
 def _add_batch(parser: argparse.ArgumentParser) -> None:
     from csm_jax.corpus.arguments import add_arguments
+
+    add_arguments(parser)
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    from csm_jax.eval.arguments import add_arguments
 
     add_arguments(parser)
 

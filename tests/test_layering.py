@@ -15,7 +15,7 @@ PACKAGE = "csm_jax"
 ROWS: tuple[tuple[str, ...], ...] = (
     ("array_typing",),
     ("config",),
-    ("sharding", "sampling", "audio", "codec", "watermark_key", "runaway", "text"),
+    ("sharding", "sampling", "audio", "codec", "watermark_key", "runaway", "text", "html_report"),
     ("kvcache", "linear"),
     # Mimi's files are no part of it: their names and forms are `weights.mimi` and `mimi_tables`, with
     # those of CSM's, whose readers and checks they share.
@@ -31,9 +31,9 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("jobs",),
     ("synthesizer",),
     ("pipeline", "corpus", "synthesizer_async"),
-    ("data",),
+    ("data", "eval"),
     ("train",),
-    ("dialogue", "doctor", "interrupt", "long_text", "voices_cli"),
+    ("dialogue", "doctor", "host_memory", "interrupt", "long_text", "voices_cli"),
     ("cli_arguments",),
     ("generate_cli",),
     ("cli",),
@@ -62,6 +62,7 @@ WITHOUT_JAX = (
     "doctor",
     "dialogue",
     "generate_cli",
+    "host_memory",
     "interrupt",
     "voices_cli",
     "config",

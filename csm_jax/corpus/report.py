@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
+import functools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csm_jax.corpus.shard import COMMIT
+from csm_jax.html_report import ALARM, INK, SOFT, page, table
+from csm_jax.html_report import draw as draw_plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK, _SOFT, _ALARM = "#2a5d84", "#9fb8c9", "#b5452c"
 _LISTED = 100
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:68rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
-dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:1rem}
-dt{color:#666;font-size:.85rem}dd{margin:0;font-size:1.3rem}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(28rem,1fr));gap:1rem}
-img{width:100%}table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left}
-"""
 
 
 @dataclass(kw_only=True)
@@ -121,32 +112,16 @@ def render(facts: Facts, title: str) -> str:
         "audio-seconds per second, per process": f"{hours * 3600 / max(busy, 1e-9):,.1f}",
         "last commit": last,
     }
-    cells = "".join(
-        f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in numbers.items()
+    return page(
+        title,
+        f"Corpus {title}",
+        numbers,
+        draw(facts),
+        (
+            table("Why rows failed", ("error", "rows"), facts.errors.most_common(20)),
+            table("Flagged rows, the first of them", ("id", "shard", "flags"), facts.flagged_rows),
+        ),
     )
-    plots = "".join(
-        f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for alt, png in draw(facts).items()
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>Corpus {html.escape(title)}</h1><dl>{cells}</dl>"
-        f'<h2>How it went</h2><div class="plots">{plots}</div>'
-        + _table("Why rows failed", ("error", "rows"), facts.errors.most_common(20))
-        + _table("Flagged rows, the first of them", ("id", "shard", "flags"), facts.flagged_rows)
-        + "</html>\n"
-    )
-
-
-def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in rows
-    ]
-    if not lines:
-        return f"<h2>{title}</h2><p>None.</p>"
-    first = "".join(f"<th>{name}</th>" for name in head)
-    return f"<h2>{title}</h2><table><tr>{first}</tr>{''.join(lines)}</table>"
 
 
 # --- plots -------------------------------------------------------------------------------------
@@ -158,46 +133,30 @@ def draw(facts: Facts) -> dict[str, bytes]:
     Raises:
         ImportError: matplotlib is not installed; the message has the command.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "the report's plots need matplotlib: pip install 'csm_jax[corpus]', or pip install matplotlib"
-        ) from error
-    found = {}
-    plots: dict[str, Callable[[Axes, Facts], None]] = {
-        "duration of rows": _durations,
-        "real-time factor of shards": _factors,
-        "finish reasons, flags and failures": _ends,
-        "audio committed over time": _throughput,
+    plots = {
+        "duration of rows": functools.partial(_durations, facts=facts),
+        "real-time factor of shards": functools.partial(_factors, facts=facts),
+        "finish reasons, flags and failures": functools.partial(_ends, facts=facts),
+        "audio committed over time": functools.partial(_throughput, facts=facts),
     }
-    for alt, plot in plots.items():
-        figure = Figure(figsize=(6.4, 3.6), dpi=120, layout="constrained")
-        axes = figure.add_subplot()
-        plot(axes, facts)
-        axes.set_title(alt, loc="left", fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
-        image = io.BytesIO()
-        figure.savefig(image, format="png")
-        found[alt] = image.getvalue()
-    return found
+    return draw_plots(plots, extra="corpus")
 
 
 def _durations(axes: Axes, facts: Facts) -> None:
-    axes.hist(facts.seconds, bins=min(60, 5 + len(facts.seconds) // 4), color=_INK)
+    axes.hist(facts.seconds, bins=min(60, 5 + len(facts.seconds) // 4), color=INK)
     axes.set(xlabel="seconds", ylabel="rows")
 
 
 def _factors(axes: Axes, facts: Facts) -> None:
     factors = [shard["busy_s"] / shard["audio_s"] for shard in facts.shards if shard["audio_s"]]
-    axes.hist(factors, bins=min(40, 5 + len(factors) // 4), color=_INK)
+    axes.hist(factors, bins=min(40, 5 + len(factors) // 4), color=INK)
     axes.set(xlabel="computing seconds per second of audio, of one process", ylabel="shards")
 
 
 def _ends(axes: Axes, facts: Facts) -> None:
-    bars = [(reason, count, _INK) for reason, count in facts.reasons.most_common()]
-    bars += [(f"flag: {flag}", count, _SOFT) for flag, count in facts.flags.most_common()]
-    bars.append(("failed", facts.failed, _ALARM))
+    bars = [(reason, count, INK) for reason, count in facts.reasons.most_common()]
+    bars += [(f"flag: {flag}", count, SOFT) for flag, count in facts.flags.most_common()]
+    bars.append(("failed", facts.failed, ALARM))
     names, counts, colors = zip(*reversed(bars), strict=True)
     drawn = axes.barh(names, counts, color=colors)
     axes.bar_label(drawn, fmt="{:,.0f}", padding=3)
@@ -218,7 +177,7 @@ def _throughput(axes: Axes, facts: Facts) -> None:
         if times[-1] >= 2 * u or u == 1
     )
     axes.plot(
-        [t / unit for t in times], [s / 3600 for s in total], color=_INK, drawstyle="steps-post"
+        [t / unit for t in times], [s / 3600 for s in total], color=INK, drawstyle="steps-post"
     )
     axes.set(xlabel=f"{name} since the first row", ylabel="hours of audio", ylim=(0, None))
     rates = axes.twinx()
@@ -226,10 +185,10 @@ def _throughput(axes: Axes, facts: Facts) -> None:
         [(shard["finished"] - start) / unit for shard in shards],
         [shard["audio_s"] / max(shard["busy_s"], 1e-9) for shard in shards],
         ".",
-        color=_ALARM,
+        color=ALARM,
         alpha=0.5,
         markersize=4,
     )
-    rates.set_ylabel("audio-s/s of each shard's process", color=_ALARM)
+    rates.set_ylabel("audio-s/s of each shard's process", color=ALARM)
     rates.set_ylim(0, None)
     rates.spines[["top"]].set_visible(False)
