@@ -1,0 +1,1 @@
+"""The demo voice: a small CSM and a small Mimi, trained from nothing; README.md has the commands."""
