@@ -55,8 +55,11 @@ class Decoder(Stack):
         hidden: Float[Array, "M D"],
         codes: Int[Array, "M C"],
         table: Float[Array, "R D"],
-    ) -> Float[Array, "M C_minus_1 V"]:
+    ) -> Float[Array, "C_minus_1 M V"]:
         """Returns the float32 scores of codes 1..C-1 of `M` frames whose codes are given.
+
+        A codebook after the other, as the products with their heads make them: the largest array
+        there is would have to be turned around otherwise.
 
         Args:
             hidden: The backbone's hidden state before each frame.
@@ -69,10 +72,10 @@ class Decoder(Stack):
         x = project(jnp.concatenate([hidden[:, None], rows], axis=1), self.projection[...])
         y, _ = self.full(x)
         return jnp.einsum(
-            "MCE,CVE->MCV",
+            "MCE,CVE->CMV",
             y[:, 1:],
             self.audio_head[...],
             precision=jax.lax.Precision.HIGHEST if y.dtype == jnp.float32 else None,
             preferred_element_type=jnp.float32,
-            out_sharding=sharding.follow(y, 0, None, None),
+            out_sharding=sharding.follow(y, None, 0, None),
         )

@@ -86,16 +86,35 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     return ((1.0 - smooth) * scaled + smooth * frequencies).astype(np.float32)
 
 
-def rope(
-    x: Float[Array, "B T K G H"],
-    positions: Int[Array, "B T"] | Int[Array, "1 T"],
-    *,
-    config: LlamaConfig,
-) -> Float[Array, "B T K G H"]:
-    """Returns `x` with half-pair (i, i + H/2) rotated by `position · frequency_i`, in float32."""
-    frequencies = jnp.asarray(rope_frequencies(config))
-    angles = positions.astype(jnp.float32)[:, :, None, None, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+Rotation = tuple[Float[Array, "#B T 1 1 H2"], Float[Array, "#B T 1 1 H2"]]
+"""Cosine and sine of `position · frequency_i`, float32."""
+
+
+def rotation(positions: Int[Array, "#B T"], config: LlamaConfig) -> Rotation:
+    """Returns what `rope` turns by at positions below `max_seq_len`.
+
+    Looked up: XLA would put cosine and sine into the product behind them and compute them for every
+    head again, ten times as dear as the rotation itself on a CPU.
+
+    Raises:
+        ValueError: There are more positions than that.
+    """
+    if positions.shape[1] > config.max_seq_len:
+        raise ValueError(
+            f"{positions.shape[1]:,} positions exceed max_seq_len={config.max_seq_len:,}"
+        )
+    angles = np.arange(config.max_seq_len, dtype=np.float32)[:, None] * rope_frequencies(config)
+    spec = sharding.follow(positions, 0, 1, None)
+
+    def look_up(table: np.ndarray) -> Array:
+        return jnp.asarray(table).at[positions].get(out_sharding=spec)[:, :, None, None]
+
+    return look_up(np.cos(angles)), look_up(np.sin(angles))
+
+
+def rope(x: Float[Array, "B T K G H"], turn: Rotation) -> Float[Array, "B T K G H"]:
+    """Returns `x` with half-pair (i, i + H/2) rotated, in float32."""
+    cos, sin = turn
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -112,9 +131,19 @@ def attend(
     The sum is divided after the product with the values: H numbers a query, not S.
     """
     product = _product(q)
-    scores = product("BTKGH,BKSH->BKGTS", q, k)
-    _, weights, mass = _exponentials(scores, mask[:, None, None], q.shape[-1])
-    heads = product("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v) / mass
+    b, t, kv_heads, groups, dim = q.shape
+    if t == 1:
+        scores = product("BTKGH,BKSH->BKGTS", q, k)
+        _, weights, mass = _exponentials(scores, mask[:, None, None], dim)
+        heads = product("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v) / mass
+        return jnp.transpose(heads, (0, 3, 1, 2, 4)).astype(v.dtype)
+    # Of many queries, those of a key head go one below the other into plain products. XLA would order
+    # them otherwise and take twice the time on a CPU, three times for the gradient.
+    rows = jnp.transpose(q, (0, 2, 3, 1, 4)).reshape(b, kv_heads, groups * t, dim)
+    scores = product("BKMH,BKSH->BKMS", rows, k).reshape(b, kv_heads, groups, t, -1)
+    _, weights, mass = _exponentials(scores, mask[:, None, None], dim)
+    weights = weights.astype(v.dtype).reshape(b, kv_heads, groups * t, -1)
+    heads = product("BKMS,BKSH->BKMH", weights, v).reshape(b, kv_heads, groups, t, dim) / mass
     return jnp.transpose(heads, (0, 3, 1, 2, 4)).astype(v.dtype)
 
 
@@ -178,8 +207,9 @@ def attend_shared(
     return jnp.transpose(merged, (0, 3, 1, 2, 4)).astype(v.dtype)
 
 
-# Queries that attend at a time: what is kept for the gradient of more would be T² scores per head.
-_QUERY_BLOCK = 512
+# Blocks of queries that attend at a time, and the least of one: what is kept for the gradient of all
+# would be T² scores per head, and a block computes none for keys behind its end.
+_QUERY_BLOCKS, _LEAST_QUERIES = 8, 128
 
 
 def attend_packed(
@@ -206,9 +236,9 @@ def attend_packed(
         return attend(q, k, v, causal & (mine[:, :, None] == theirs[:, None]))
 
     block = jax.checkpoint(block, static_argnums=5)
-    parts = []
-    for start in range(0, q.shape[1], _QUERY_BLOCK):
-        end = min(start + _QUERY_BLOCK, q.shape[1])
+    parts, size = [], max(_LEAST_QUERIES, -(-q.shape[1] // _QUERY_BLOCKS))
+    for start in range(0, q.shape[1], size):
+        end = min(start + size, q.shape[1])
         mine, theirs = segments[:, start:end], segments[:, :end]
         parts.append(block(q[:, start:end], k[:, :, :end], v[:, :, :end], mine, theirs, start))
     return jnp.concatenate(parts, axis=1)
@@ -265,15 +295,15 @@ class Attention(nnx.Module):
         self.o_proj = linear(config.embed_dim, queries, ("embed", heads_axis))
 
     def qkv(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | Int[Array, "1 T"]
+        self, x: Float[Array, "B T D"], turn: Rotation
     ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
-        """Returns rotated queries, rotated keys and values."""
+        """Returns queries and keys, rotated as their positions say, and values."""
         c = self.config
         groups = c.num_heads // c.num_kv_heads
         q = _split_heads(project(x, self.q_proj[...]), c.num_kv_heads, groups, c.head_dim)
         k = _split_heads(project(x, self.k_proj[...]), c.num_kv_heads, 1, c.head_dim)
         v = _split_heads(project(x, self.v_proj[...]), c.num_kv_heads, 1, c.head_dim)
-        q, k = rope(q, positions, config=c), rope(k, positions, config=c)
+        q, k = rope(q, turn), rope(k, turn)
         return q, jnp.swapaxes(k[:, :, :, 0], 1, 2), jnp.swapaxes(v[:, :, :, 0], 1, 2)
 
     def out(self, heads: Float[Array, "B T K G H"]) -> Float[Array, "B T D"]:
@@ -315,10 +345,10 @@ class Block(nnx.Module):
         self.mlp = MLP(config, mlp_axis=mlp_axis)
 
     def qkv(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | Int[Array, "1 T"]
+        self, x: Float[Array, "B T D"], turn: Rotation
     ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
         """Returns what the normed stream attends with."""
-        return self.attn.qkv(rms_norm(x, self.attn_norm[...], eps=self.eps), positions)
+        return self.attn.qkv(rms_norm(x, self.attn_norm[...], eps=self.eps), turn)
 
     def rest(
         self, x: Float[Array, "B T D"], heads: Float[Array, "B T K G H"]
@@ -367,9 +397,10 @@ class Stack(nnx.Module):
         steps = jnp.arange(x.shape[1])
         causal = (steps[None, :] <= steps[:, None])[None]
         positions, attention = _after(shared, segment, steps[None])
+        turn = rotation(positions, self.config)
         keys, values = [], []
         for i, block in enumerate(self.blocks()):
-            q, k, v = block.qkv(x, positions)
+            q, k, v = block.qkv(x, turn)
             x = block.rest(x, attention(i, q, k, v, causal))
             keys.append(k)
             values.append(v)
@@ -392,9 +423,10 @@ class Stack(nnx.Module):
             segments: A number per conversation of a row; none attends to another.
             remat: What a gradient computes again, a name of `REMAT`.
         """
+        turn = rotation(positions, self.config)
 
         def through(block: Block, x: Array) -> Array:
-            q, k, v = block.qkv(x, positions)
+            q, k, v = block.qkv(x, turn)
             return block.rest(x, attend_packed(q, k, v, segments))
 
         for block in self.blocks():
@@ -426,9 +458,10 @@ class Stack(nnx.Module):
             segment,
             jnp.atleast_1d(cache.length)[:, None] + jnp.arange(x.shape[1])[None],
         )
+        turn = rotation(positions, self.config)
         mask = kvcache.mask(cache, num_steps=x.shape[1], window=window)
         for i, block in enumerate(self.blocks()):
-            q, k, v = block.qkv(x, positions)
+            q, k, v = block.qkv(x, turn)
             cache = kvcache.append(cache, i, k, v)
             heads = attention(i, q, cache.k[i][:, :, :window], cache.v[i][:, :, :window], mask)
             x = block.rest(x, heads)

@@ -199,7 +199,7 @@ def forward(
 
         steps = (jnp.swapaxes(hidden[:, :-1], 0, 1), jnp.swapaxes(frames[:, 1:, :-1], 0, 1))
         _, scores = jax.lax.scan(score, None, steps)
-    return c0, jnp.swapaxes(scores, 0, 1)
+    return c0, jnp.transpose(scores, (2, 0, 1, 3))
 
 
 def sample_frame(

@@ -27,6 +27,7 @@ from csm_jax.config import CSMConfig
 from csm_jax.data.batch import Batch
 from csm_jax.llama import rematerialise
 from csm_jax.model import CSM
+from csm_jax.train.augment import AugmentConfig, augment
 from csm_jax.train.frames import draw_frames
 
 # Frames per device that the decoder scores at a time: 31 · 2,051 float32 scores each, 65 MB.
@@ -41,11 +42,13 @@ class LossConfig:
         amortization_ratio: The decoder sees one in this many frames; 1 for all.
         decoder_loss_weight: Of codes 1..C-1 against code 0.
         remat: A name of `csm_jax.llama.REMAT`.
+        augmentation: What is done to the audio that the backbone reads, if anything.
     """
 
     amortization_ratio: int
     decoder_loss_weight: float
     remat: str
+    augmentation: AugmentConfig | None = None
 
     def __post_init__(self) -> None:
         if self.amortization_ratio < 1:
@@ -119,7 +122,7 @@ def loss_sums(
     Args:
         params: Weights as they are computed with.
         batch: Without an accumulation axis.
-        key: For the draw of the decoder's frames.
+        key: For the draw of the decoder's frames, and for the augmentation.
         config: Sizes.
         loss: The objective; its weight of the decoder is `total`'s business.
         prefix: Trained inputs of the first P positions of every segment.
@@ -128,7 +131,11 @@ def loss_sums(
     codes, weight = targets(batch)
     end = ~(codes != 0).any(axis=-1)
     with jax.named_scope("backbone"):
-        x = model.backbone.embed(jnp.asarray(batch.frames), jnp.asarray(batch.mask))
+        frames, mask = jnp.asarray(batch.frames), jnp.asarray(batch.mask)
+        if loss.augmentation is not None:
+            own = jax.random.fold_in(key, 0)
+            frames, mask = augment(own, batch, config=config, augmentation=loss.augmentation)
+        x = model.backbone.embed(frames, mask)
         if prefix is not None:
             x = put_prefix(x, prefix, batch)
         positions, segments = jnp.asarray(batch.positions), jnp.asarray(batch.segments)
@@ -214,8 +221,8 @@ def _decoder_sums(
     def score(hidden: Array, codes: Array, weight: Array, end: Array) -> tuple[Array, Array]:
         hidden, codes, weight, end = (flat(x) for x in (hidden, codes, weight, end))
         scores = model.decoder.score(hidden, codes, model.decoder_table)
-        each = weight[:, None] * _cross_entropy(scores, codes[:, 1:])
-        return each.sum(axis=0), jnp.where(end[:, None], each, 0.0).sum()
+        each = weight * _cross_entropy(scores, codes[:, 1:].T)
+        return each.sum(axis=1), jnp.where(end, each, 0.0).sum()
 
     # Of many frames no more is kept than goes in.
     score = rematerialise(score, "none" if remat == "none" else "full")

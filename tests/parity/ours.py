@@ -75,7 +75,7 @@ class Ours:
         """Returns rotated q·k [B, N, T, T] of the first block, before scaling and mask."""
 
         def run(m: CSM, x: jax.Array, positions: jax.Array) -> jax.Array:
-            q, k, _ = _first(m, part).attn.qkv(x, positions)
+            q, k, _ = _turned(m, part, x, positions)
             q, k = q.astype(jnp.float32), k.astype(jnp.float32)
             scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision="highest")
             return scores.reshape(scores.shape[0], -1, *scores.shape[3:])
@@ -87,7 +87,7 @@ class Ours:
 
         def run(m: CSM, x: jax.Array) -> jax.Array:
             attn, steps = _first(m, part).attn, jnp.arange(x.shape[1])
-            q, k, v = attn.qkv(x, steps[None])
+            q, k, v = _turned(m, part, x, steps[None])
             return attn.out(llama.attend(q, k, v, (steps[None] <= steps[:, None])[None]))
 
         return self._run(run, x)
@@ -101,7 +101,8 @@ class Ours:
 
         def run(m: CSM, x: jax.Array) -> jax.Array:
             block, steps = _first(m, part), jnp.arange(x.shape[1])
-            q, k, v = block.qkv(x, steps[None])
+            turn = llama.rotation(steps[None], _stack(m, part).config)
+            q, k, v = block.qkv(x, turn)
             return block.rest(x, llama.attend(q, k, v, (steps[None] <= steps[:, None])[None]))
 
         return self._run(run, x)
@@ -203,6 +204,11 @@ def _out(x: jax.Array) -> np.ndarray:
 
 def _stack(m: CSM, part: str) -> Stack:
     return m.backbone if part == "backbone" else m.decoder
+
+
+def _turned(m: CSM, part: str, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
+    turn = llama.rotation(positions, _stack(m, part).config)
+    return _first(m, part).attn.qkv(x, turn)
 
 
 def _first(m: CSM, part: str) -> Block:
