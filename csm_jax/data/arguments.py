@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="whose tokenizer and codec: a model directory or a hub id (default: %(default)s)",
         )
         _add_max_length(sub)
-        _add_defaults(sub)
+        _add_defaults(sub, "who speaks where a tar does not say (other files always do)")
     tokenize.add_argument(
         "-o", "--output", type=Path, required=True, metavar="DIR", help="the shards' directory"
     )
@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of webdataset: number speakers who have names, and list them in FILE.speakers.json",
     )
-    _add_defaults(importing)
+    _add_defaults(importing, "who speaks where the source does not say")
 
     export.add_argument("directory", type=Path, metavar="DIR", help="what tokenize wrote")
     export.add_argument("output", type=Path, metavar="FILE.parquet")
@@ -123,10 +123,8 @@ def _add_max_length(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_defaults(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--speaker", type=_speaker, metavar="N", help="who speaks where the source does not say"
-    )
+def _add_defaults(parser: argparse.ArgumentParser, speaker: str) -> None:
+    parser.add_argument("--speaker", type=_speaker, metavar="N", help=speaker)
     parser.add_argument("--lang", metavar="CODE", help="language where the source does not say")
 
 

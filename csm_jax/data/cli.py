@@ -53,7 +53,7 @@ def _check(args: argparse.Namespace, on_progress: Callable[[], None]) -> int:
     from csm_jax.data.survey import DEFAULT_SPLIT
     from csm_jax.data.tokenize import open_text_side
 
-    source = open_source(args.source, speaker=args.speaker or 0, lang=args.lang)
+    source = open_source(args.source, speaker=args.speaker, lang=args.lang)
     text = open_text_side(args.model, args.max_length)
     with _counter("check", on_progress) as on_item:
         found = check(
@@ -121,7 +121,7 @@ def _tokenize(args: argparse.Namespace, on_progress: Callable[[], None]) -> int:
                 shard_minutes=args.shard_minutes,
                 split=args.split,
                 skip_bad=args.skip_bad,
-                speaker=args.speaker or 0,
+                speaker=args.speaker,
                 lang=args.lang,
                 on_item=bar.count,
                 on_progress=bar.show,
@@ -236,9 +236,8 @@ def _inspect(args: argparse.Namespace, on_progress: Callable[[], None]) -> int:
     _say(f"{manifest['num_codebooks']} codebooks of {manifest['codebook_size']:,} codes")
     lengths = np.add.reduceat(index.text + index.frames + 1, index.first[:-1])
     longer = int((lengths > args.max_length).sum())
-    _tell_lengths(
-        lengths[lengths <= args.max_length].tolist() or [args.max_length], args.max_length
-    )
+    if longer < len(lengths):
+        _tell_lengths(lengths[lengths <= args.max_length].tolist(), args.max_length)
     if longer:
         _say(f"{longer:,} are longer than {args.max_length:,} positions")
     _say("longest:")

@@ -211,8 +211,7 @@ def _path(path: str, source: Path, options: Options) -> str:
 def _rows(source: Path) -> Iterator[Mapping[str, Any]]:
     ending = source.suffix.lower()
     if ending == ".csv":
-        with source.open(encoding="utf-8-sig", newline="") as file:
-            yield from csv.DictReader(file)
+        yield from _csv(source)
     elif ending == ".parquet":
         from csm_jax.data.parquet import read_table
 
@@ -227,6 +226,17 @@ def _rows(source: Path) -> Iterator[Mapping[str, Any]]:
     else:
         hint = "; a pickle can run anything, so it is not read" if ending == ".pkl" else ""
         raise ValueError(f"{source} must end in .json, .jsonl, .csv, .sql or .parquet{hint}")
+
+
+def _csv(source: Path) -> Iterator[Mapping[str, Any]]:
+    with source.open(encoding="utf-8-sig", newline="") as file:
+        rows, number = csv.DictReader(file), 0
+        try:
+            for row in rows:
+                number += 1
+                yield row
+        except csv.Error as error:
+            raise ValueError(f"{source}: row {number + 1} cannot be read: {error}") from error
 
 
 def _sql(source: Path) -> Iterator[Mapping[str, Any]]:

@@ -111,9 +111,15 @@ class TrainData:
                 failed.append(f"conversation {number}: {error}")
         if failed:
             more = f"; and {len(failed) - 3:,} more" if len(failed) > 3 else ""
+            prefix = self.prefix_positions
+            less = (
+                f" (max_length={self.max_length:,} less prefix_positions={prefix:,})"
+                if prefix
+                else ""
+            )
             raise ValueError(
                 f"{self.directory}: {len(failed):,} conversations do not fit into {capacity:,} "
-                f"positions: {'; '.join(failed[:3])}{more}"
+                f"positions{less}: {'; '.join(failed[:3])}{more}"
             )
         return first
 

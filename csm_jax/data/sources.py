@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Source:
     Attributes:
         files: All of one ending, one of `SUFFIXES`.
         speaker: Of recordings in tars that name none.
-        lang: Of recordings in tars that name none.
+        lang: Of items that name none.
     """
 
     files: tuple[Path, ...]
@@ -62,13 +63,14 @@ class Source:
 
 
 def open_source(
-    files: Sequence[str | Path], *, speaker: int = 0, lang: str | None = None
+    files: Sequence[str | Path], *, speaker: int | None = None, lang: str | None = None
 ) -> Source:
     """Returns the source of these files.
 
     Raises:
         FileNotFoundError, IsADirectoryError: One is not there, or is no file.
-        ValueError: An ending is unknown, or there are several kinds.
+        ValueError: An ending is unknown, there are several kinds, or a speaker is given for other than
+            tars.
     """
     paths = tuple(Path(file) for file in files)
     for path in paths:
@@ -85,7 +87,11 @@ def open_source(
             )
     if len({path.suffix.lower() for path in paths}) != 1:
         raise ValueError("give one file or more, all of one kind")
-    return Source(files=paths, speaker=speaker, lang=lang)
+    if speaker is not None and paths[0].suffix.lower() != ".tar":
+        raise ValueError(
+            f"--speaker is for recordings in tars; the lines of {paths[0].name} say who speaks (role)"
+        )
+    return Source(files=paths, speaker=speaker or 0, lang=lang)
 
 
 def _read_jsonl(file: Path, prefix: str, source: Source) -> Iterator[Item]:
@@ -94,7 +100,7 @@ def _read_jsonl(file: Path, prefix: str, source: Source) -> Iterator[Item]:
         if isinstance(line, ValueError):
             yield Item(where=where, problems=[str(line)])
         else:
-            yield _item(where, lambda line=line: parse_line(line, file.parent))
+            yield _item(where, lambda line=line: parse_line(line, file.parent), source.lang)
 
 
 def _read_tar(file: Path, prefix: str, source: Source) -> Iterator[Item]:
@@ -103,7 +109,7 @@ def _read_tar(file: Path, prefix: str, source: Source) -> Iterator[Item]:
         if isinstance(given, ValueError):
             yield Item(where=where, problems=[str(given)])
         else:
-            yield _item(where, lambda given=given: as_conversation(given, file.parent))
+            yield _item(where, lambda given=given: as_conversation(given, file.parent), source.lang)
 
 
 def _read_parquet(file: Path, prefix: str, source: Source) -> Iterator[Item]:
@@ -114,17 +120,20 @@ def _read_parquet(file: Path, prefix: str, source: Source) -> Iterator[Item]:
         if isinstance(given, ValueError):
             yield Item(where=where, problems=[str(given)])
         else:
-            yield _item(where, lambda given=given: as_conversation(given, file.parent))
+            yield _item(where, lambda given=given: as_conversation(given, file.parent), source.lang)
 
 
 _READERS = {".jsonl": _read_jsonl, ".tar": _read_tar, ".parquet": _read_parquet}
 
 
-def _item(where: str, parse: Any) -> Item:
+def _item(where: str, parse: Callable[[], Conversation], lang: str | None) -> Item:
     try:
-        return Item(where=where, conversation=parse())
+        found = parse()
     except SchemaError as error:
         return Item(where=where, problems=error.problems)
+    if found.lang is None:
+        found = dataclasses.replace(found, lang=lang)
+    return Item(where=where, conversation=found)
 
 
 # --- tars of recordings, in WebDataset's form ---------------------------------------------------

@@ -97,12 +97,16 @@ def check_survey(found: Survey, *, split: str | None, skip_bad: bool) -> None:
         where, problem = found.bad[0]
         raise BadLinesError(
             f"{len({where for where, _ in found.bad}):,} of {found.items:,} lines are bad, the first "
-            f"({where}): {problem}; correct them, or leave them out with --skip-bad",
+            f"({where}): {problem}; correct them, or leave them out with "
+            "`csm-jax data tokenize --skip-bad`",
             found.bad,
         )
     if split is None and len(found.splits) > 1:
         names = ", ".join(f"{name} ({count:,})" for name, count in sorted(found.splits.items()))
-        raise ValueError(f"the lines are of several splits, {names}: name one with --split")
+        raise ValueError(
+            f"the lines are of several splits, {names}: name one with "
+            "`csm-jax data tokenize --split`"
+        )
     if split is not None and split not in found.splits:
         raise ValueError(f"no line is of the split {split!r}; there are {sorted(found.splits)}")
     if not found.kinds:

@@ -173,8 +173,8 @@ class Tokenizer:
                 return
         if not self._plan["skip_bad"]:
             raise BadLinesError(
-                f"{item.where} is bad: {problems[0]}; correct it, or leave such lines out with --skip-bad "
-                "(`csm-jax data check` lists all of them)",
+                f"{item.where} is bad: {problems[0]}; correct it, or leave such lines out with "
+                "`csm-jax data tokenize --skip-bad` (`csm-jax data check` lists all of them)",
                 [(item.where, problem) for problem in problems],
             )
         shard.rejected.append({"where": item.where, "error": "; ".join(problems)})
@@ -329,7 +329,7 @@ def tokenize_for(
     shard_minutes: float = SHARD_MINUTES,
     split: str | None = None,
     skip_bad: bool = False,
-    speaker: int = 0,
+    speaker: int | None = None,
     lang: str | None = None,
     on_item: Callable[[], None] = lambda: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -344,8 +344,8 @@ def tokenize_for(
         shard_minutes: Audio of a shard.
         split: Only lines of this split.
         skip_bad: Whether to leave bad lines out, and list them.
-        speaker: Of recordings in tars that name none.
-        lang: Likewise their language.
+        speaker: Of recordings in tars that name none, 0 unless given; other sources name all.
+        lang: Of lines and recordings that name none.
         on_item: Called for each item of a first reading; may raise to stop.
         on_progress: Called often; may raise to stop. What is committed stays.
 

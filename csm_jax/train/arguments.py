@@ -8,9 +8,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from csm_jax.train.settings import LEARNING_RATES, METHODS, WEIGHT_DECAYS, RunSettings
+from csm_jax.train.settings import (
+    LEARNING_RATES,
+    METHODS,
+    WEIGHT_DECAYS,
+    Quantization,
+    RunSettings,
+)
 
 DESCRIPTION = """\
 Fine-tunes a model on conversations: all weights, LoRA adapters, or a prefix (a voice).
@@ -78,6 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("method", str, "all weights, low-rank adapters, or a prefix", choices=METHODS, metavar=None)
     add("lora_rank", int, "rank of the adapters")
     add("lora_alpha", float, "they are scaled by this over the rank")
+    add(
+        "quantize",
+        str,
+        "keep the weights below LoRA's adapters in 4 or 8 bits",
+        choices=get_args(Quantization),
+        metavar=None,
+    )
     add("prefix_positions", int, "vectors of the prefix")
     add("voice_name", str, "what the prefix's voice is called", metavar="NAME")
     add("consent", bool, "whoever is heard in the recordings agreed to being cloned (for a prefix)")
@@ -86,10 +99,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("amortization_ratio", int, "the decoder sees one in N frames, drawn anew at every step")
     add("decoder_loss_weight", float, "of codebooks 1 to 31 against codebook 0")
 
+    add("history_noise", float, "share of the audio codes read that are replaced by random ones")
+    add("noisy_share", float, "share of the conversations that this is done to")
+    add("codebook_dropout", float, "share of the frames read of which only the first codes are")
+
     def by_kind(values: dict[str, float]) -> str:
         return ", ".join(f"{kind} {value:g}" for kind, value in values.items())
 
     add = group("optimiser")
+    add(
+        "optim",
+        str,
+        "muon moves the matrices, AdamW the rest; for models from scratch",
+        choices=("adamw", "muon"),
+        metavar=None,
+    )
     add("learning_rate", float, f"at its highest (default: {by_kind(LEARNING_RATES)})")
     add(
         "lr_scheduler_type",
@@ -136,7 +160,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("logging_steps", int, "steps from line to line of log.jsonl")
     add("save_steps", int, "steps from checkpoint to checkpoint")
     add("save_total_limit", int, "latest checkpoints kept")
-    add("resume_from_checkpoint", int, "go on from this step; later checkpoints are removed")
+    add(
+        "resume_from_checkpoint",
+        int,
+        "go back to this step; later checkpoints are removed, so leave it out at the next start",
+    )
     add("eval_steps", int, "steps from evaluation to evaluation (default: at the end only)")
     add("tensorboard", bool, "write TensorBoard's files as well")
     add("sample_steps", int, "steps from sample to sample of speech, and at the end")

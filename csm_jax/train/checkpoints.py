@@ -1,6 +1,7 @@
 """A run's directory: what it is, its checkpoints, and how it goes on.
 
     run.json            what the run is; a directory is continued only by the same run
+    run.lock            held by the process that is at work
     checkpoints/<step>  orbax: the training state, and the place in the data
     log.jsonl           one line per logged step (`csm_jax.train.log`)
 
@@ -11,73 +12,146 @@ save (a full disk, a kill) leaves the one before as it was.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from csm_jax.array_typing import Params
+from csm_jax.corpus.files import Locks
+from csm_jax.train.settings import RunSettings
 from csm_jax.train.step import TrainState
 
-RUN_NAME, CHECKPOINTS_NAME = "run.json", "checkpoints"
+RUN_NAME, LOCK_NAME, CHECKPOINTS_NAME = "run.json", "run.lock", "checkpoints"
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunSettings)}
+_HASHED_ROWS = 64  # of every weight, evenly spaced: training moves all of them
 
 
 class RunError(ValueError):
     """A directory holds another run, or a checkpoint that cannot be read."""
 
 
+@contextlib.contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Keeps every other run out of a directory, which is made, while it lasts; process 0's business.
+
+    Raises:
+        RunError: Another process is at work there.
+        OSError: It cannot be written.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with Locks(directory / LOCK_NAME) as locks:
+        try:
+            locks.take([0])
+        except BlockingIOError as error:
+            raise RunError(
+                f"another process is training in {directory}: wait until it has ended, or choose "
+                "another --output_dir"
+            ) from error
+        yield
+
+
+def check_run(directory: Path, known: Mapping[str, Any]) -> None:
+    """Checks what is known of a run so far against the run that a directory holds, if any.
+
+    Process 0's business, as `open_run`.
+
+    Args:
+        directory: Of the run.
+        known: Some of what decides the weights it ends with, as JSON.
+
+    Raises:
+        RunError: It holds checkpoints of another run; the message has all that differs.
+    """
+    if jax.process_index() == 0:
+        _compare(directory, known, known.keys())
+
+
 def open_run(directory: Path, description: Mapping[str, Any]) -> None:
-    """Makes a run's directory, or checks that it is this run's; every process calls it.
+    """Says in a run's directory which run it is, or checks that it is this one.
+
+    Process 0 decides; the others go on to `Checkpoints`, where all wait for each other.
 
     Args:
         directory: Of the run.
         description: All that decides the weights it ends with, as JSON.
 
     Raises:
-        RunError: It holds checkpoints of another run; the message has all that differs.
+        RunError: As `check_run`.
         OSError: It cannot be written.
     """
+    if jax.process_index() != 0:
+        return
+    before = _compare(directory, description, None)
+    if before is None:
+        path = directory / RUN_NAME
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def hash_weights(params: Params) -> str:
+    """Returns what tells the weights that a run begins with from others, in the dtype they are in."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        rows = np.asarray(leaf[:: max(1, leaf.shape[0] // _HASHED_ROWS)])
+        digest.update(f"{jax.tree_util.keystr(path)} {rows.dtype} {leaf.shape}\n".encode())
+        digest.update(np.ascontiguousarray(rows).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _compare(
+    directory: Path, description: Mapping[str, Any], names: Collection[str] | None
+) -> dict[str, Any] | None:
+    """Returns what a directory says, None where it holds nothing that could be mixed up."""
+    before = _read(directory)
+    if before is None or not any((directory / CHECKPOINTS_NAME).glob("[0-9]*")):
+        return None
+    now = json.loads(json.dumps(description))
+    # What has no effect is not in it; what a later version adds had its default before.
+    before = {name: default for name, default in _DEFAULTS.items() if name in now} | before
+    # Of a whole run also what is there and unknown here.
+    compared = set(names or now.keys() | (before.keys() - _DEFAULTS.keys()))
+    lines = [
+        f"  {name}: {before[name]!r} there, {now.get(name)!r} now"
+        for name in sorted(compared)
+        if name in before and before[name] != now.get(name)
+    ]
+    if lines:
+        raise RunError(
+            f"{directory} holds another run, which cannot be continued as this one:\n"
+            + "\n".join(lines)
+            + "\nchoose another --output_dir, or give the same settings again"
+        )
+    return before
+
+
+def _read(directory: Path) -> dict[str, Any] | None:
     path = directory / RUN_NAME
-    description = json.loads(json.dumps(description))
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if (directory / CHECKPOINTS_NAME).exists():
             raise RunError(
                 f"{directory} has {CHECKPOINTS_NAME} but no {RUN_NAME}: choose another --output_dir"
             ) from None
-        _write(path, description)
-        return
+        return None
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}; choose another --output_dir") from error
-    if before == description:
-        return
-    if not any((directory / CHECKPOINTS_NAME).glob("[0-9]*")):  # nothing that could be mixed up
-        _write(path, description)
-        return
-    names = sorted(before.keys() | description.keys())
-    lines = [
-        f"  {name}: {before.get(name)!r} there, {description.get(name)!r} now"
-        for name in names
-        if before.get(name) != description.get(name)
-    ]
-    raise RunError(
-        f"{directory} holds another run, which cannot be continued as this one:\n"
-        + "\n".join(lines)
-        + "\nchoose another --output_dir, or give the same settings again"
-    )
-
-
-def _write(path: Path, description: Mapping[str, Any]) -> None:
-    if jax.process_index() != 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    if not isinstance(found, dict):
+        raise RunError(f"{path} is damaged: it holds no JSON object; choose another --output_dir")
+    return found
 
 
 class Checkpoints:

@@ -28,24 +28,29 @@ def main(args: argparse.Namespace, *, interrupted: Callable[[], bool]) -> int:
     from csm_jax import pipeline
     from csm_jax.train.run import Hooks, Stopped, train
 
-    terminated = False
+    terminated = told = False
 
     def terminate(signum: int, frame: FrameType | None) -> None:
         nonlocal terminated
         terminated = True
 
+    def stopping() -> bool:
+        nonlocal told
+        asked = terminated or interrupted()
+        if asked and not told:
+            told = True
+            bar.note("stopping, after saving what has been made")
+        return asked
+
     before = signal.signal(signal.SIGTERM, terminate)
     pipeline.enable_compilation_cache()
     with _Bar() as bar:
         try:
-            final = train(
-                settings,
-                Hooks(
-                    note=bar.note,
-                    progress=bar.update,
-                    stopping=lambda: terminated or interrupted(),
-                ),
-            )
+            final = train(settings, Hooks(note=bar.note, progress=bar.update, stopping=stopping))
+            if terminated or interrupted():
+                bar.note(
+                    "asked to stop when all that was left was to write the weights: they are there"
+                )
         except Stopped as stop:
             bar.note(str(stop))
             return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
@@ -83,8 +88,10 @@ class _Bar:
             f"loss {metrics['loss']:.4f} (c0 {metrics['c0']:.4f}, decoder {metrics['decoder']:.4f}), "
             f"gradient {metrics['grad_norm']:.2f}, rate {metrics['learning_rate']:.2e}"
         )
+        if metrics["skipped"]:
+            figures += "; not finite: skipped"
         if not sys.stderr.isatty():
-            if step % self._EVERY == 0 or step in (1, steps):
+            if metrics["skipped"] or step % self._EVERY == 0 or step in (1, steps):
                 print(f"step {step:,} of {steps:,}: {figures}", file=sys.stderr)
             return
         if self._bar is None:

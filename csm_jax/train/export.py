@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from csm_jax.array_typing import Params, PyTree
 from csm_jax.config import CSMConfig
+from csm_jax.corpus.files import sync_directory
 from csm_jax.data.loader import TrainData
 from csm_jax.train.lora import merge_lora
 from csm_jax.train.methods import Full, Lora, Method
@@ -34,7 +36,9 @@ def export(
 
     All weights: a model directory in `export_layout`, float32. LoRA: the adapters in PEFT's form in
     `adapter/`, and the model with them merged. A prefix: a voice file. Files that belong to a model
-    directory (tokenizer, codec, watermark) are copied from the base model, where it has them.
+    directory (tokenizer, codec, watermark) are copied from the base model, where it has them; a model
+    trained from random weights has those that its data were made with. Those that it lacks and that
+    have been put into `final` since stay there; all else in it is replaced, when all is written.
 
     Args:
         settings: Of the run.
@@ -50,61 +54,87 @@ def export(
     """
     import jax
 
-    from csm_jax import hub, weights
-
     final = settings.output_dir / FINAL_NAME
     if jax.process_index() != 0:
         return final
-    if isinstance(method, (Full, Lora)):
-        params = trainable
-        if isinstance(method, Lora):
-            from csm_jax.train.peft import save_adapters
-
-            save_adapters(
-                final / "adapter",
-                config,
-                method.lora,
-                trainable,
-                base_model=settings.model_name_or_path,
-                overwrite=True,
-            )
-            params = merge_lora(frozen, trainable, method.lora, dtype=None)
-        files = None if settings.scratch is not None else hub.locate(settings.model_name_or_path)
-        weights.save_checkpoint(
-            final,
-            config,
-            params,
-            layout=settings.export_layout,
-            codec=files.checkpoint if files is not None and _holds_codec(files) else None,
-            overwrite=True,
-        )
-        if files is not None:
-            _bring_along(files, final, note)
-        return final
-    _write_voice(final, settings, config, trainable, frozen, data)
+    new, old = (final.with_name(f".{FINAL_NAME}.{which}") for which in ("new", "old"))
+    if old.exists() and not final.exists():  # stopped between two renames
+        os.replace(old, final)
+    for directory in (new, old):
+        shutil.rmtree(directory, ignore_errors=True)
+    try:
+        if isinstance(method, (Full, Lora)):
+            _write_model(new, final, settings, config, method, trainable, frozen, note)
+        else:
+            _write_voice(new, settings, config, trainable, frozen, data)
+        _sync(new)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(new, final)
+        sync_directory(final.parent)
+    finally:
+        for directory in (new, old):
+            shutil.rmtree(directory, ignore_errors=True)
     return final
 
 
-def _bring_along(files: ModelFiles, final: Path, note: Callable[[str], None]) -> None:
-    """Copies what else belongs to a model directory from the base model, and says what it lacks."""
-    from csm_jax.hub import MIMI, TOKENIZER, WATERMARK_FOLDER, HubError
+def _write_model(
+    new: Path,
+    final: Path,
+    settings: RunSettings,
+    config: CSMConfig,
+    method: Full | Lora,
+    trainable: PyTree,
+    frozen: Params,
+    note: Callable[[str], None],
+) -> None:
+    from csm_jax import hub, weights
 
-    marks = f"silentcipher/{WATERMARK_FOLDER}"
-    wanted = [(TOKENIZER, files.tokenizer), (marks, files.watermark_dir)]
-    if not _holds_codec(files):  # else it has been written with the weights
-        wanted.append((MIMI, files.mimi))
+    model, params, codec = settings.model_name_or_path, trainable, None
+    if isinstance(method, Lora):
+        params = merge_lora(frozen, trainable, method.lora, dtype=None)
+    # Of a model on the hub that nothing was loaded from, the weights are not fetched now.
+    if settings.scratch is None or hub.local_path(model) is not None:
+        files = hub.locate(model)
+        codec = files.checkpoint if _holds_codec(files) else None
+    weights.save_checkpoint(new, config, params, layout=settings.export_layout, codec=codec)
+    if isinstance(method, Lora):
+        from csm_jax.train.peft import save_adapters
+
+        save_adapters(new / "adapter", config, method.lora, trainable, base_model=model)
+    _bring_along(model, new, final, note, mimi=codec is None)
+
+
+def _bring_along(
+    model: str, new: Path, final: Path, note: Callable[[str], None], *, mimi: bool
+) -> None:
+    """Copies what else belongs to a model directory from the base model, and says what it lacks."""
+    from csm_jax import hub
+
+    marks = f"silentcipher/{hub.WATERMARK_FOLDER}"
+    wanted = [(hub.TOKENIZER, hub.locate_tokenizer), (marks, hub.locate_watermark)]
+    if mimi:  # else it has been written with the weights
+        wanted.append((hub.MIMI, hub.locate_mimi))
     for name, find in wanted:
         try:
-            found = find()
-        except (FileNotFoundError, HubError):
-            note(
-                f"{final} lacks {name}, as {files.checkpoint.parent} does: put it there to speak with it"
-            )
-            continue
-        (final / name).parent.mkdir(parents=True, exist_ok=True)
+            found = find(model)
+        except (FileNotFoundError, hub.HubError):
+            found = final / name
+            if not found.exists():
+                note(f"{final} lacks {name}, as {model} does: put it there to speak with it")
+                continue
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if found.is_dir() else shutil.copyfile
-        if not (final / name).exists():
-            copy(found, final / name)
+        copy(found, new / name)
+
+
+def _sync(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _holds_codec(files: ModelFiles) -> bool:
@@ -114,7 +144,7 @@ def _holds_codec(files: ModelFiles) -> bool:
 
 
 def _write_voice(
-    final: Path,
+    new: Path,
     settings: RunSettings,
     config: CSMConfig,
     trainable: PyTree,
@@ -138,7 +168,5 @@ def _write_voice(
         model=model_hash(frozen) or "",
         provenance=told,
     )
-    final.mkdir(parents=True, exist_ok=True)
-    path = final / f"{voice.name}.safetensors"
-    path.unlink(missing_ok=True)
-    write_voice(path, voice)
+    new.mkdir()
+    write_voice(new / f"{voice.name}.safetensors", voice)

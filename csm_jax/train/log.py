@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from csm_jax.train.checkpoints import RunError
+
 LOG_NAME = "log.jsonl"
 
 
@@ -27,11 +29,12 @@ class Log:
             tensorboard: Whether to write TensorBoard's files too, in `tensorboard/`.
 
         Raises:
+            RunError: A line there is none of a record.
             OSError: It cannot be written.
             ModuleNotFoundError: TensorBoard's writer is not installed.
         """
         path = directory / LOG_NAME
-        kept = [line for line in _lines(path) if line.get("step", 0) <= step]
+        kept = [line for line in _lines(path) if line["step"] <= step]
         temporary = path.with_suffix(".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
@@ -65,6 +68,16 @@ class Log:
             self._board.close()
 
 
+def has_line(directory: Path, kind: str, step: int) -> bool:
+    """Returns whether a run's record has a line of this kind of a step.
+
+    Raises:
+        RunError: A line there is none of a record.
+    """
+    lines = _lines(directory / LOG_NAME)
+    return any(line["step"] == step and line.get("kind") == kind for line in lines)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(each) for each in value]
@@ -77,11 +90,16 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     lines = []
-    for line in text.splitlines():
+    for number, written in enumerate(text.splitlines(), start=1):
         try:
-            lines.append(json.loads(line))
+            line = json.loads(written)
         except ValueError:  # cut off by a kill
             continue
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise RunError(
+                f"{path}: line {number} is none of a run's log, it has no step: remove the line"
+            )
+        lines.append(line)
     return lines
 
 

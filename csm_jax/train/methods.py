@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from csm_jax import sharding
 from csm_jax.array_typing import Array, DTypeLike, Float, Key, Params, PyTree
 from csm_jax.config import CSMConfig
+from csm_jax.linear import StandIn
 from csm_jax.model import param_axes, param_shardings
 from csm_jax.train.lora import LoraConfig, apply_lora, init_lora, lora_axes, lora_shardings
+from csm_jax.train.settings import Quantization
 
 PREFIX_INIT_SCALE = 0.02
 """Standard deviation of what the prefix's rows differ by at first, beside the mean embedding."""
@@ -31,9 +33,15 @@ class Full:
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters; the weights stay."""
+    """Low-rank adapters; the weights stay, or stand rounded to fewer bits.
+
+    Attributes:
+        lora: The adapters.
+        quantize: How the weights below them are kept, a name of `csm_jax.train.settings.Quantization`; None as they are.
+    """
 
     lora: LoraConfig
+    quantize: Quantization | None = None
     name = "lora"
     prefix_positions = 0
 
@@ -71,13 +79,18 @@ def divide(
         dtype: Of the frozen weights.
 
     Raises:
-        ValueError: All weights are to be trained and are not float32.
+        ImportError: Weights are to be quantised, for which qwix is not installed.
+        ValueError: All weights are to be trained and are not float32, or some cannot be quantised.
     """
     if isinstance(method, Full):
         check_masters(params)
         return params, {}
     frozen = jax.tree.map(lambda x: x.astype(dtype), params)
     if isinstance(method, Lora):
+        if method.quantize is not None:
+            from csm_jax.train.quantize import quantise
+
+            frozen = quantise(frozen, method.quantize)
         return init_lora(config, method.lora, key), frozen
     return {"vectors": _first_prefix(method, params, config=config, key=key)}, frozen
 
@@ -141,7 +154,11 @@ def assemble(
 
 
 def _used(weights: Params, axes: Params) -> Params:
-    return jax.tree.map(lambda x, names: sharding.used_at(x, *names), weights, axes)
+    def used(x: Array | StandIn, names: tuple[str | None, ...]) -> Array | StandIn:
+        # What stands in for a weight is one device's.
+        return x if isinstance(x, StandIn) else sharding.used_at(x, *names)
+
+    return jax.tree.map(used, weights, axes, is_leaf=lambda x: isinstance(x, StandIn))
 
 
 def trainable_shardings(method: Method, mesh: jax.sharding.Mesh, *, config: CSMConfig) -> PyTree:

@@ -9,7 +9,7 @@ Source: Dettmers et al. 2023, "QLoRA" (nf4 and its blocks of 64).
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from csm_jax.array_typing import Array, DTypeLike, Float, Params, pytree
 from csm_jax.linear import StandIn, project
 from csm_jax.train.lora import TARGETS
+from csm_jax.train.settings import Quantization
 from csm_jax.weights.tables import flatten, unflatten
 
 if TYPE_CHECKING:
     from qwix import QArray
 
-Kind = Literal["nf4", "int4", "int8"]
 TILE = 64
 """Inputs that share a scale."""
 
@@ -64,7 +64,7 @@ class Quantised(StandIn):
         return multiply(x, self)
 
 
-def quantise(params: Params, kind: Kind) -> Params:
+def quantise(params: Params, kind: Quantization) -> Params:
     """Returns the tree with a `Quantised` in the place of every projection inside a block.
 
     Embeddings, norms and heads stay as they are.

@@ -10,28 +10,30 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from csm_jax import config as csm_config
 from csm_jax import sharding
 from csm_jax.array_typing import Params, PyTree
-from csm_jax.config import CSMConfig, default_dtype
-from csm_jax.data.loader import TrainData
+from csm_jax.config import default_dtype
 from csm_jax.model import init_params, num_params, param_shardings
-from csm_jax.train.checkpoints import Checkpoints, open_run
+from csm_jax.prompt import check_text
+from csm_jax.train.augment import AugmentConfig
+from csm_jax.train.checkpoints import Checkpoints, alone, check_run, hash_weights, open_run
 from csm_jax.train.export import export
-from csm_jax.train.log import Log
+from csm_jax.train.hooks import DivergedError, Hooks, Stopped
+from csm_jax.train.inputs import find_model, open_data
+from csm_jax.train.log import Log, has_line
 from csm_jax.train.lora import LoraConfig
 from csm_jax.train.loss import LossConfig
 from csm_jax.train.meter import Meter, Work
 from csm_jax.train.methods import Full, Lora, Method, Prefix, divide, trainable_shardings
-from csm_jax.train.optimizer import OptimizerConfig
+from csm_jax.train.optimizer import OptimizerConfig, updates_made
 from csm_jax.train.settings import LEARNING_RATES, WEIGHT_DECAYS, RunSettings
 from csm_jax.train.step import (
     Metrics,
@@ -49,38 +51,8 @@ from csm_jax.weights import tables
 if TYPE_CHECKING:
     from csm_jax.train.samples import Sampler
 
-_MOST_SKIPPED = 10  # steps in a row whose gradient is not finite
-
-
-class Stopped(Exception):
-    """A run was asked to stop and has saved where it was.
-
-    Attributes:
-        step: Of the checkpoint.
-    """
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped at step {step:,}; the same command goes on from there")
-        self.step = step
-
-
-class DivergedError(RuntimeError):
-    """The gradient has not been finite for many steps in a row."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hooks:
-    """What a run tells whom.
-
-    Attributes:
-        note: Called with a line for people.
-        progress: Called after every step with (steps made, steps in all, metrics of a step before).
-        stopping: Asked after every step whether to save and stop.
-    """
-
-    note: Callable[[str], None] = lambda text: None
-    progress: Callable[[int, int, Mapping[str, Any]], None] = lambda step, steps, metrics: None
-    stopping: Callable[[], bool] = lambda: False
+_MOST_SKIPPED = 10  # steps in a row that were not finite
+_BEGIN_AGAIN = "begin again in a new --output_dir with a lower --learning_rate"
 
 
 def train(settings: RunSettings, hooks: Hooks | None = None) -> Path:
@@ -106,32 +78,50 @@ class _Run:
         self.settings, self.hooks = settings, hooks
         self.begun = time.perf_counter()
         self.dtype = settings.dtype or default_dtype(jax.default_backend())
-        self.config, self.source = _sizes(settings)
+        self.config, self.source = find_model(settings)
         self.method = _method(settings)
-        tables.get_layout(settings.export_layout)  # not only when all is done
+        self.augmentation = _augmentation(settings)
+        # What the end of a run takes, and its steps: not only when the data are ready.
+        tables.get_layout(settings.export_layout)
         check_name(settings.voice_name)
+        for text in settings.sample_text:
+            check_text(text, "sample_text")
+        self.step_config = self._step_config(steps=1)
         per_host = settings.per_device_train_batch_size * sharding.batch_multiple()
         if per_host % jax.process_count():
             raise ValueError(
                 f"{per_host} rows of a micro-batch do not divide by {jax.process_count()} processes"
             )
         self.rows = per_host // jax.process_count()
+        for path in (settings.train_file, settings.eval_file):
+            if path is not None and not path.exists():
+                raise FileNotFoundError(f"{path}: there is no such file or directory")
+        self.log: Log | None = None
+        self.evaluate: Callable[..., Any] | None = None
+        self.sampler: Sampler | None = None
+        self.skipped = 0
+
+    def go(self) -> Path:
+        """Returns the directory of the exported weights."""
+        with alone(self.settings.output_dir):
+            return self._go()
+
+    def _go(self) -> Path:
+        settings, hooks = self.settings, self.hooks
+        description = self._description()
+        check_run(settings.output_dir, description)
         self.data = open_data(settings, settings.train_file, "train", self.config, hooks)
         self.eval_data = None
         if settings.eval_file is not None:
             self.eval_data = open_data(settings, settings.eval_file, "eval", self.config, hooks)
         self.steps = self._count_steps()
-        self.step_config = self._step_config()
-        self.log: Log | None = None
-        self.skipped = 0
-
-    def go(self) -> Path:
-        """Returns the directory of the exported weights."""
-        settings, note = self.settings, self.hooks.note
-        open_run(settings.output_dir, self._description())
+        self.step_config = self._step_config(steps=self.steps)
+        description |= {"steps": self.steps, "train_data": self.data.fingerprint}
+        check_run(settings.output_dir, description)
+        state, frozen, origin = self._load()
+        open_run(settings.output_dir, description | {"weights": origin})
         checkpoints = Checkpoints(settings.output_dir, keep=settings.save_total_limit)
         try:
-            state, frozen = self._load()
             batches = self.data.batches(
                 seed=settings.seed,
                 epochs=self._epochs(),
@@ -140,12 +130,13 @@ class _Run:
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             )
-            state, made = self._resume(checkpoints, state, batches)
-            if jax.process_index() == 0:
-                self.log = Log(settings.output_dir, step=made, tensorboard=settings.tensorboard)
             with contextlib.closing(batches):
+                state, made = self._resume(checkpoints, state, batches)
+                if jax.process_index() == 0:
+                    self.log = Log(settings.output_dir, step=made, tensorboard=settings.tensorboard)
                 state = self._loop(state, frozen, batches, checkpoints, made)
-            note("writing the trained weights")
+            self._check(state)
+            hooks.note("writing the trained weights")
             if jax.process_count() > 1:
                 state, frozen = _whole(state), _whole(frozen)
             return export(
@@ -155,7 +146,7 @@ class _Run:
                 state.trainable,
                 frozen,
                 data=self.data,
-                note=note,
+                note=hooks.note,
             )
         finally:
             if self.log is not None:
@@ -180,7 +171,7 @@ class _Run:
         given = self.settings.max_steps
         return self.settings.num_train_epochs if given is None else given * self._rows_per_step()
 
-    def _step_config(self) -> StepConfig:
+    def _step_config(self, *, steps: int) -> StepConfig:
         s = self.settings
         rate = LEARNING_RATES[s.kind] if s.learning_rate is None else s.learning_rate
         decay = WEIGHT_DECAYS[s.kind] if s.weight_decay is None else s.weight_decay
@@ -191,12 +182,14 @@ class _Run:
                 amortization_ratio=s.amortization_ratio,
                 decoder_loss_weight=s.decoder_loss_weight,
                 remat=s.remat,
+                augmentation=self.augmentation,
             ),
             optimizer=OptimizerConfig(
+                optim=s.optim,
                 learning_rate=rate,
                 lr_scheduler_type=s.lr_scheduler_type,
-                warmup_steps=math.ceil(s.warmup_ratio * self.steps) if self.steps > 1 else 0,
-                max_steps=self.steps,
+                warmup_steps=math.ceil(s.warmup_ratio * steps) if steps > 1 else 0,
+                max_steps=steps,
                 weight_decay=decay,
                 adam_beta1=s.adam_beta1,
                 adam_beta2=s.adam_beta2,
@@ -208,21 +201,21 @@ class _Run:
         )
 
     def _description(self) -> dict[str, Any]:
+        """Returns what is known of the run before its data and weights are."""
         mesh = sharding.current_mesh()
         return self.settings.deciding() | {
             "model": dataclasses.asdict(self.config),
-            "steps": self.steps,
             "computed_in": self.dtype,
             "rows": self.rows * jax.process_count(),
             "mesh": None if mesh is None else dict(mesh.shape),
-            "train_data": self.data.fingerprint,
         }
 
-    def _load(self) -> tuple[TrainState, Params]:
+    def _load(self) -> tuple[TrainState, Params, str | None]:
+        """Returns the first state, the frozen weights, and the hash of what was loaded."""
         settings, config, note = self.settings, self.config, self.hooks.note
         mesh, dtype = sharding.current_mesh(), self.dtype
         stored = "float32" if isinstance(self.method, Full) else dtype
-        key = jax.random.key(settings.seed)
+        key, origin = jax.random.key(settings.seed), None
         if self.source is None:
             params = init_params(config, key, dtype=stored)
         else:
@@ -232,6 +225,7 @@ class _Run:
             _, params = weights.load_checkpoint(
                 self.source, layout=settings.layout, dtype=stored, config=config
             )
+            origin = hash_weights(params)
         trainable, frozen = divide(self.method, params, config=config, key=key, dtype=dtype)
         if mesh is not None:
             trainable = _put(trainable, trainable_shardings(self.method, mesh, config=config))
@@ -241,7 +235,7 @@ class _Run:
             f"training {count:,} of {num_params(config) + (count if frozen else 0):,} parameters "
             f"({settings.method}) for {self.steps:,} steps"
         )
-        return init_state(trainable, self.step_config.optimizer), frozen
+        return init_state(trainable, self.step_config.optimizer), frozen, origin
 
     def _resume(
         self, checkpoints: Checkpoints, state: TrainState, batches: Any
@@ -269,12 +263,29 @@ class _Run:
     ) -> TrainState:
         settings, hooks = self.settings, self.hooks
         step = make_step(self.step_config)
-        evaluate = make_evaluation(self.step_config) if self.eval_data is not None else None
-        sampler = self._sampler()
+        if self.eval_data is not None:
+            self.evaluate = make_evaluation(self.step_config)
+        if settings.sample_steps is not None:
+            from csm_jax.train.samples import Sampler
+
+            self.sampler = Sampler(settings, self.config, self.method, self.dtype)
         meter = Meter(self.config, settings)
         pending: tuple[Metrics, Work] | None = None
-        saved = made if made in checkpoints.steps() else -1
-        while made < self.steps:
+        saved = made
+
+        def keep(metrics: Metrics) -> None:
+            # Its line first: what a checkpoint has behind it has been told. While steps are skipped
+            # none is made, so that those before stay.
+            nonlocal pending, saved
+            if pending is not None:
+                self._tell(made, *pending, meter)
+                pending = None
+            if saved != made and (made == self.steps or not metrics["skipped"]):
+                checkpoints.save(state, batches.state())
+                saved = made
+
+        stopping = self._asked() or self._look(state, frozen, made, self._missing(made))
+        while made < self.steps and not stopping:
             batch = next(batches)
             work = meter.weigh(batch, fill=batches.fill)
             state, metrics = step(state, frozen, place(batch, accumulated=True))
@@ -289,53 +300,98 @@ class _Run:
             pending = metrics, work
             stopping = _preempted(made) if jax.process_count() > 1 else hooks.stopping()
             if stopping or made % settings.save_steps == 0 or made == self.steps:
-                checkpoints.save(state, batches.state())
-                saved = made
-            evaluating = evaluate is not None and _due(made, settings.eval_steps, self.steps)
-            sampling = sampler is not None and _due(made, settings.sample_steps, self.steps)
-            if evaluating or sampling:
+                keep(metrics)
+            due = self._due(made)
+            if any(due) and not stopping:
                 jax.block_until_ready(metrics)
                 meter.pause()
-                if evaluate is not None and evaluating:
-                    self._evaluate(evaluate, state, frozen, made)
-                if sampler is not None and sampling:
-                    sampler.speak(made, state.trainable, frozen)
+                stopping = self._look(state, frozen, made, due)
                 meter.go_on()
-            if stopping and made < self.steps:
-                self._tell(made, *pending, meter)
-                checkpoints.wait()
-                raise Stopped(saved)
-        if pending is not None:
-            self._tell(made, *pending, meter)
+                if stopping:
+                    keep(metrics)
         checkpoints.wait()
+        if stopping:
+            raise Stopped(saved)
         return state
+
+    def _asked(self) -> bool:
+        # One of several processes cannot stop alone: those hear it together, after a step.
+        return jax.process_count() == 1 and self.hooks.stopping()
 
     def _tell(self, step: int, metrics: Metrics, work: Work, meter: Meter) -> None:
         meter.add(work)
         values = {
             name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()
         }
-        self.skipped = self.skipped + 1 if values["skipped"] else 0
-        if self.skipped >= _MOST_SKIPPED:
-            raise DivergedError(
-                f"the gradient was not finite for {self.skipped} steps up to {step:,}: lower "
-                f"--learning_rate, or go on from an earlier checkpoint of {self.settings.output_dir}"
-            )
         self.hooks.progress(step, self.steps, values)
         if self.log is not None and (step % self.settings.logging_steps == 0 or step == self.steps):
             self.log.write("train", step, values | meter.read())
+        self.skipped = self.skipped + 1 if values["skipped"] else 0
+        if self.skipped >= _MOST_SKIPPED:
+            raise DivergedError(
+                f"gradient or update were not finite for {self.skipped} steps up to {step:,}, which "
+                f"moved nothing: {_BEGIN_AGAIN}"
+            )
 
-    def _evaluate(
-        self, evaluate: Callable[..., Any], state: TrainState, frozen: Params, made: int
-    ) -> None:
-        if self.eval_data is None:
-            return
+    def _check(self, state: TrainState) -> None:
+        """Checks that a run has come to something that may be exported."""
+        finite = jax.jit(lambda tree: jnp.stack([jnp.isfinite(x).all() for x in tree]).all())
+        if not finite(jax.tree.leaves(state.trainable)):
+            raise DivergedError(f"the trained weights are not finite: {_BEGIN_AGAIN}")
+        skipped = self.steps - updates_made(state.moments)
+        if skipped == self.steps:
+            raise DivergedError(
+                f"gradient or update were not finite in any of the {skipped:,} steps, and nothing "
+                f"was trained: {_BEGIN_AGAIN}"
+            )
+        if skipped:
+            self.hooks.note(
+                f"{skipped:,} of {self.steps:,} steps were not finite and moved nothing"
+            )
+
+    # --- looking at it --------------------------------------------------------------------------
+
+    def _due(self, made: int) -> tuple[bool, bool]:
+        """Returns whether to evaluate and whether to speak after a step."""
+        settings, steps = self.settings, self.steps
+        return (
+            self.evaluate is not None and _due(made, settings.eval_steps, steps),
+            self.sampler is not None and _due(made, settings.sample_steps, steps),
+        )
+
+    def _missing(self, made: int) -> tuple[bool, bool]:
+        """Returns what of it a run that goes on from a step has not got of that step."""
+        if not made:
+            return False, False
+        evaluating, sampling = self._due(made)
+        return (
+            evaluating and not has_line(self.settings.output_dir, "eval", made),
+            sampling and self.sampler is not None and not self.sampler.has(made),
+        )
+
+    def _look(self, state: TrainState, frozen: Params, made: int, due: tuple[bool, bool]) -> bool:
+        """Evaluates and speaks; returns whether it was asked to stop before the end of that."""
+        evaluating, sampling = due
+        if evaluating and not self._evaluate(state, frozen, made):
+            return True
+        if sampling and self.sampler is not None:
+            if self._asked():
+                return True
+            self.sampler.speak(made, state.trainable, frozen)
+        return False
+
+    def _evaluate(self, state: TrainState, frozen: Params, made: int) -> bool:
+        """Returns whether it came to its end."""
+        if self.eval_data is None or self.evaluate is None:
+            return True
         sums, counts = None, None
         for batch in self.eval_data.eval_batches(
             rows=self.rows, process_index=jax.process_index(), process_count=jax.process_count()
         ):
+            if self._asked():
+                return False
             found = jax.device_get(
-                evaluate(state.trainable, frozen, place(batch, accumulated=False))
+                self.evaluate(state.trainable, frozen, place(batch, accumulated=False))
             )
             found = jax.tree.map(np.float64, found)
             if sums is None:
@@ -343,7 +399,7 @@ class _Run:
             else:
                 sums, counts = jax.tree.map(np.add, (sums, counts), found)
         if sums is None or counts is None:
-            return
+            return True
         values = summary(sums, counts, self.step_config.loss)
         values = {name: np.asarray(value).tolist() for name, value in values.items()}
         self.hooks.note(
@@ -352,102 +408,23 @@ class _Run:
         )
         if self.log is not None:
             self.log.write("eval", made, values)
-
-    def _sampler(self) -> Sampler | None:
-        if self.settings.sample_steps is None:
-            return None
-        from csm_jax.train.samples import Sampler
-
-        return Sampler(self.settings, self.config, self.method, self.dtype)
-
-
-def _sizes(settings: RunSettings) -> tuple[CSMConfig, Path | None]:
-    """Returns the model's sizes and its checkpoint, None where the weights start random."""
-    if settings.scratch is not None:
-        presets = {"csm_1b": csm_config.csm_1b, "tiny": csm_config.tiny}
-        if settings.scratch in presets:
-            return presets[settings.scratch](), None
-        return csm_config.read_config(settings.scratch), None
-    from csm_jax import hub
-
-    files = hub.locate(settings.model_name_or_path)
-    # A lone checkpoint has no config.json.
-    if files.config is None:
-        return csm_config.csm_1b(), files.checkpoint
-    return csm_config.read_config(files.config), files.checkpoint
+        return True
 
 
 def _method(settings: RunSettings) -> Method:
     if settings.method == "lora":
-        return Lora(LoraConfig(rank=settings.lora_rank, alpha=settings.lora_alpha))
+        lora = LoraConfig(rank=settings.lora_rank, alpha=settings.lora_alpha)
+        return Lora(lora, quantize=settings.quantize)
     return Prefix(settings.prefix_positions) if settings.method == "prefix" else Full()
 
 
-def open_data(
-    settings: RunSettings, path: Path, name: str, config: CSMConfig, hooks: Hooks
-) -> TrainData:
-    """Returns tokenised data; what is not tokenised yet is, into the run's directory.
-
-    Raises:
-        FileNotFoundError: There is nothing.
-        ValueError: The data are bad, or were made for another model.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file or directory")
-    if not path.is_dir():
-        from csm_jax.data.tokenize import tokenize_for
-
-        made = settings.output_dir / "data" / name
-        hooks.note(f"tokenising {path} into {made}")
-
-        def stop(*_: Any) -> None:
-            if hooks.stopping():
-                raise Stopped(0)
-
-        tokenize_for(
-            path,
-            made,
-            model=settings.model_name_or_path,
-            max_length=settings.max_length,
-            on_item=stop,
-            on_progress=stop,
-        )
-        path = made
-    data = TrainData(
-        path,
-        config=config,
-        max_length=settings.max_length,
-        prefix_positions=settings.prefix_length,
+def _augmentation(settings: RunSettings) -> AugmentConfig | None:
+    given = AugmentConfig(
+        history_noise=settings.history_noise,
+        noisy_share=settings.noisy_share,
+        codebook_dropout=settings.codebook_dropout,
     )
-    check_origin(data, settings.model_name_or_path, hooks.note)
-    return data
-
-
-def check_origin(data: TrainData, model: str, note: Callable[[str], None]) -> None:
-    """Checks that data hold the ids and codes of a model's own tokenizer and codec.
-
-    Raises:
-        ValueError: Of others. What the model's files do not hold is noted and not compared.
-    """
-    from csm_jax import hub
-    from csm_jax.data.identity import codec_hash, tokenizer_hash
-
-    for what, known, find in (
-        ("tokenizer", data.tokenizer_hash, lambda: tokenizer_hash(hub.locate(model).tokenizer())),
-        ("codec", data.codec_hash, lambda: codec_hash(model)),
-    ):
-        try:
-            own = find()
-        except (FileNotFoundError, hub.HubError) as error:
-            note(
-                f"the data's {what} is not compared with the model's: {str(error).splitlines()[0]}"
-            )
-            continue
-        if own != known:
-            raise ValueError(
-                f"{data.directory} was tokenised with another {what} ({known[:12]}) than that of {model} "
-                f"({own[:12]}): tokenise the recordings again with --model {model}"
-            )
+    return given if given.history_noise or given.codebook_dropout else None
 
 
 def _put(tree: PyTree, shardings: PyTree) -> PyTree:

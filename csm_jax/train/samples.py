@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -41,6 +44,10 @@ class Sampler:
         )
         self._weights = jax.jit(self._assemble)
 
+    def has(self, step: int) -> bool:
+        """Returns whether all of a step's sentences have been spoken."""
+        return self._directory(step).exists()
+
     def speak(self, step: int, trainable: PyTree, frozen: Params) -> list[Path]:
         """Returns the files written; a sentence that the model ends at once has none.
 
@@ -75,16 +82,29 @@ class Sampler:
             )
             for i, text in enumerate(self._settings.sample_text)
         ]
-        directory = self._settings.output_dir / "samples" / f"step-{step:06d}"
-        directory.mkdir(parents=True, exist_ok=True)
-        written = []
-        for i, result in enumerate(self._generator.generate_results(requests)):
-            if result.audio is not None and result.audio.size and jax.process_index() == 0:
-                path = directory / f"{i}.wav"
-                write_audio(path, result.audio, self._generator.sample_rate)
-                written.append(path)
+        results = self._generator.generate_results(requests)
         self._generator.params = {}
+        return self._write(step, [result.audio for result in results])
+
+    def _write(self, step: int, audios: Sequence[np.ndarray | None]) -> list[Path]:
+        if jax.process_index() != 0:
+            return []
+        directory = self._directory(step)
+        partial = directory.with_name(f".{directory.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        written = []
+        for i, audio in enumerate(audios):
+            if audio is not None and audio.size:
+                write_audio(partial / f"{i}.wav", audio, self._generator.sample_rate)
+                written.append(directory / f"{i}.wav")
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(partial, directory)
         return written
+
+    def _directory(self, step: int) -> Path:
+        return self._settings.output_dir / "samples" / f"step-{step:06d}"
 
     def _assemble(self, trainable: PyTree, frozen: Params) -> tuple[Params, jax.Array | None]:
         copy = compute_copy(trainable, self._method, config=self._config, dtype=self._dtype)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 METHODS = ("full", "lora", "prefix")
+Quantization = Literal["nf4", "int4", "int8"]
+"""How the weights below adapters may be kept (`csm_jax.train.quantize`)."""
 LEARNING_RATES = {"full": 1e-5, "lora": 2e-4, "prefix": 3e-2, "scratch": 3e-3}
 """What `learning_rate=None` means, by method; `scratch` where the weights start random."""
 WEIGHT_DECAYS = {"full": 0.0, "lora": 0.0, "prefix": 0.0, "scratch": 0.1}
@@ -29,14 +32,19 @@ class RunSettings:
     method: str = "full"
     lora_rank: int = 16
     lora_alpha: float = 32.0
+    quantize: Quantization | None = None
     prefix_positions: int = 16
     amortization_ratio: int = 16
     decoder_loss_weight: float = 1.0
+    history_noise: float = 0.0
+    noisy_share: float = 0.8
+    codebook_dropout: float = 0.0
     max_length: int = 2048
     num_train_epochs: int = 3
     max_steps: int | None = None
     per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
+    optim: str = "adamw"
     learning_rate: float | None = None
     lr_scheduler_type: str = "cosine"
     warmup_ratio: float = 0.03
@@ -70,6 +78,10 @@ class RunSettings:
             raise ValueError(
                 f"scratch trains all weights, so method must be 'full', not {self.method!r}"
             )
+        if self.quantize is not None and (self.method != "lora" or self.mesh is not None):
+            raise ValueError("quantize is for method='lora' on one device, without a mesh")
+        if self.optim == "muon" and (self.method != "full" or self.mesh is not None):
+            raise ValueError("optim='muon' is for method='full' on one device, without a mesh")
         for name in (
             "amortization_ratio", "max_length", "num_train_epochs", "per_device_train_batch_size",
             "gradient_accumulation_steps", "logging_steps", "save_steps", "lora_rank",
@@ -78,6 +90,14 @@ class RunSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.decoder_loss_weight < math.inf:
+            raise ValueError(
+                f"decoder_loss_weight must be at least 0 and finite, got {self.decoder_loss_weight}"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
+        if self.sample_speaker < 0:
+            raise ValueError(f"sample_speaker must be at least 0, got {self.sample_speaker}")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(
                 f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio}"
@@ -109,14 +129,27 @@ class RunSettings:
         return "scratch" if self.scratch is not None else self.method
 
     def deciding(self) -> dict[str, Any]:
-        """Returns the settings that decide what weights a run ends with, as JSON."""
-        free = {
+        """Returns the settings that decide what weights a run ends with, as JSON.
+
+        Without those that have no effect beside the others, and without those of which the run itself
+        says what they came to: its first weights, sizes, dtype, mesh and rows.
+        """
+        left_out = {
             "output_dir", "train_file", "eval_file", "logging_steps", "save_steps", "save_total_limit",
             "eval_steps", "resume_from_checkpoint", "tensorboard", "sample_steps", "sample_text",
             "sample_speaker", "watermark", "export_layout", "voice_name", "consent",
+            "model_name_or_path", "layout", "scratch", "dtype", "mesh", "per_device_train_batch_size",
         }  # fmt: skip
+        if self.max_steps is not None:
+            left_out |= {"num_train_epochs"}
+        if self.method != "lora":
+            left_out |= {"lora_rank", "lora_alpha", "quantize"}
+        if self.method != "prefix":
+            left_out |= {"prefix_positions"}
+        if not self.history_noise:
+            left_out |= {"noisy_share"}
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in free
+            if field.name not in left_out
         }

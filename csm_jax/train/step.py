@@ -74,8 +74,8 @@ def init_state(trainable: PyTree, optimizer: OptimizerConfig) -> TrainState:
 def make_step(config: StepConfig) -> Step:
     """Returns `step(state, frozen, batch) -> (state, metrics)`; the state is donated.
 
-    The batch has an accumulation axis: one micro-batch after another, one update. A gradient that is not
-    finite moves nothing and is reported (`skipped`); the step still counts.
+    The batch has an accumulation axis: one micro-batch after another, one update. A gradient or an
+    update that is not finite moves nothing and is reported (`skipped`); the step still counts.
 
     Metrics, float32 scalars: loss, c0, decoder, eos_c0, eos_decoder (nats a code), accuracy (of code 0),
     grad_norm (before clipping), update_ratio (norm of the update over that of the weights),
@@ -114,7 +114,8 @@ def make_step(config: StepConfig) -> Step:
         norm = optax.tree.norm(grads)
         updates, moments = optimizer.update(grads, state.moments, state.trainable)
         moved = optax.apply_updates(state.trainable, updates)
-        finite = jnp.isfinite(norm)
+        change = optax.tree.norm(updates)
+        finite = jnp.isfinite(norm) & jnp.isfinite(change)
         trainable, moments = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (moved, moments),
@@ -122,7 +123,7 @@ def make_step(config: StepConfig) -> Step:
         )
         metrics = summary(sums, counts, config.loss) | {
             "grad_norm": norm,
-            "update_ratio": optax.tree.norm(updates) / optax.tree.norm(state.trainable),
+            "update_ratio": change / optax.tree.norm(state.trainable),
             "learning_rate": rate(state.step),
             "skipped": 1.0 - finite,
         }

@@ -16,6 +16,7 @@ from csm_jax.train.optimizer import OptimizerConfig
 def optimizer(learning_rate: float, max_steps: int, **changes: Any) -> OptimizerConfig:
     """Returns the defaults of a run with a constant rate and without warm-up, with changes."""
     given: dict[str, Any] = {
+        "optim": "adamw",
         "learning_rate": learning_rate,
         "max_steps": max_steps,
         "lr_scheduler_type": "constant",

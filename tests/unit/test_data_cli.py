@@ -79,6 +79,7 @@ def test_check_lists_bad_lines(
     assert status == 1
     assert out.startswith("line 2: messages")
     assert err.startswith("csm-jax: 1 of 5 lines are bad, the first (line 2): ")
+    assert "with `csm-jax data tokenize --skip-bad`" in err
     status, out, _ = run(
         capsys, "tokenize", path, "-o", tmp_path / "out", "--model", demo_model, "--skip-bad"
     )
@@ -110,6 +111,31 @@ def test_training_reads_them(demo_model: Path, tokens: Path, source: Path, tmp_p
     )
     assert again == Shards(tokens).manifest
     assert contents(tmp_path / "out") == contents(tokens)
+
+
+def test_inspect_shows_no_lengths_that_there_are_not(
+    tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = run(capsys, "inspect", tokens, "--max-length", 4)
+    assert status == 0
+    assert "6 are longer than 4 positions" in out
+    assert "positions:" not in out
+    assert "rows of" not in out
+
+
+def test_what_lines_do_not_say(
+    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_clip(tmp_path / "a.wav", 10)
+    said = message(0, "fine", "a.wav")
+    path = write_lines(tmp_path / "x.jsonl", [line(said), line(said, lang="en"), line(said)])
+    given = ("check", path, "--model", demo_model, "--lang", "zh")
+    status, out, _ = run(capsys, *given)
+    assert status == 0
+    assert "languages: en 1, zh 2" in out
+    status, _, err = run(capsys, *given, "--speaker", 7)
+    assert status == 2
+    assert "--speaker is for recordings in tars; the lines of x.jsonl say who" in err
 
 
 def test_inspect(tokens: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

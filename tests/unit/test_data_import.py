@@ -138,6 +138,13 @@ def test_ljspeech(tmp_path: Path) -> None:
     ]
 
 
+def test_a_row_that_csv_cannot_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text('path,text\na.wav,One.\nb.wav,"' + "never closed " * 20_000)
+    with pytest.raises(ValueError, match=r"x\.csv: row 2 cannot be read: field larger than"):
+        imported("sesame-finetune", path)
+
+
 def test_webdataset_numbers_speakers_by_name(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.flac", 5)
     with tarfile.open(tmp_path / "x.tar", "w") as tar:

@@ -268,7 +268,9 @@ def test_splits_are_never_mixed(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "x.jsonl", [line(ok), line(ok, split="dev"), line(ok, split="dev")]
     )
-    with pytest.raises(ValueError, match=r"dev \(2\), train \(1\): name one with --split"):
+    with pytest.raises(
+        ValueError, match=r"dev \(2\), train \(1\): name one with `csm-jax data tokenize --s"
+    ):
         tokenize(path, tmp_path / "out")
     with pytest.raises(ValueError, match="no line is of the split 'test'"):
         tokenize(path, tmp_path / "out", split="test")
