@@ -11,12 +11,12 @@ import pytest
 
 from csm_jax.config import csm_1b
 from csm_jax.data.batch import Batch
-from csm_jax.model import init_params
+from csm_jax.model import init_params, num_params
 from csm_jax.train.cost import step_flops
 from csm_jax.train.lora import LoraConfig
 from csm_jax.train.loss import LossConfig, count, loss_sums, total
 from csm_jax.train.meter import peak_memory
-from csm_jax.train.methods import Lora, divide
+from csm_jax.train.methods import Full, Lora, divide
 from csm_jax.train.step import StepConfig, init_state, make_step, place
 from tests.support import training
 from tests.support.program import abstract_params, loop_flops
@@ -57,6 +57,39 @@ def test_one_frame_in_16_costs_what_it_should():
         csm_1b(), positions=LENGTH, decoder_frames=LENGTH, trained="full", max_length=LENGTH
     )
     assert exact == pytest.approx(told, rel=0.1)
+
+
+def test_the_memory_of_full_fine_tuning():
+    # The whole step compiled from shapes: what XLA would allocate for one row, computed in float32.
+    optimizer = training.optimizer(1e-5, 2)
+    step = make_step(
+        StepConfig(
+            model=csm_1b(),
+            method=Full(),
+            loss=LossConfig(amortization_ratio=16, decoder_loss_weight=1.0, remat="full"),
+            optimizer=optimizer,
+            dtype="float32",
+            seed=0,
+        )
+    )
+    state = jax.eval_shape(
+        lambda params: init_state(params, optimizer), abstract_params(csm_1b(), "float32")
+    )
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), training.stack([one_row()])
+    )
+    found = step.lower(state, {}, batch).compile().memory_analysis()
+    weights = 4 * num_params(csm_1b())
+    sizes = {
+        name: getattr(found, f"{name}_size_in_bytes") / weights
+        for name in ("argument", "output", "alias", "temp")
+    }
+    print({name: f"{size:.3f} times the weights" for name, size in sizes.items()})
+    # Weights and two moments, updated in place; beside them the gradient of the micro-batch, the sum of all,
+    # and activations.
+    assert sizes["alias"] == pytest.approx(3, rel=0.001)
+    assert sizes["argument"] == pytest.approx(3, rel=0.001)
+    assert 1 < sizes["temp"] < 3.5
 
 
 def test_a_step_of_lora_runs_in_24_gib():

@@ -548,6 +548,7 @@ def test_adapters_over_quantised_weights_are_trained_and_merged(place: Path, tmp
     )
 
 
+@pytest.mark.slow  # three runs, Muon compiled in each
 def test_a_model_from_scratch_is_as_stopped_as_not(place: Path, tmp_path: Path):
     notes: list[str] = []
     asked = settings(
