@@ -25,8 +25,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from csm_jax.host_memory import keep_freed_memory
 from csm_jax import pipeline
+from csm_jax.host_memory import keep_freed_memory
 from recipes.demo_voice import codec_run
 from recipes.demo_voice.codec_plan import demo_plan
 from recipes.demo_voice.codec_run import Budget, Hooks, Stopped
