@@ -13,6 +13,8 @@ from typing import Any, get_args
 from csm_jax.train.settings import (
     LEARNING_RATES,
     METHODS,
+    OPTIMIZERS,
+    SCHEDULES,
     WEIGHT_DECAYS,
     Quantization,
     RunSettings,
@@ -111,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "optim",
         str,
         "muon moves the matrices, AdamW the rest; for models from scratch",
-        choices=("adamw", "muon"),
+        choices=OPTIMIZERS,
         metavar=None,
     )
     add("learning_rate", float, f"at its highest (default: {by_kind(LEARNING_RATES)})")
@@ -119,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "lr_scheduler_type",
         str,
         "after the warm-up",
-        choices=("cosine", "linear", "constant"),
+        choices=SCHEDULES,
         metavar=None,
     )
     add("warmup_ratio", float, "share of the steps with a rising rate")

@@ -13,11 +13,7 @@ import optax
 from optax import contrib
 
 from csm_jax.array_typing import Array, PyTree
-
-OPTIMIZERS = ("adamw", "muon")
-"""What moves the weights (`optim`)."""
-SCHEDULES = ("cosine", "linear", "constant")
-"""What follows the warm-up (`lr_scheduler_type` of the Hugging Face Trainer)."""
+from csm_jax.train.settings import OPTIMIZERS, SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)

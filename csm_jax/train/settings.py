@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 METHODS = ("full", "lora", "prefix")
+OPTIMIZERS = ("adamw", "muon")
+"""What moves the weights (`optim`)."""
+SCHEDULES = ("cosine", "linear", "constant")
+"""What follows the warm-up (`lr_scheduler_type` of the Hugging Face Trainer)."""
 Quantization = Literal["nf4", "int4", "int8"]
 """How the weights below adapters may be kept (`csm_jax.train.quantize`)."""
 LEARNING_RATES = {"full": 1e-5, "lora": 2e-4, "prefix": 3e-2, "scratch": 3e-3}

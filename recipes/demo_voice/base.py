@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from csm_jax.config import CSMConfig, LlamaConfig
+from csm_jax.config import CSMConfig, LlamaConfig, csm_1b
 from recipes.demo_voice import tokenizer
 
 CODEC = Path("build/demo_voice/codec/codec.safetensors")
@@ -39,7 +40,8 @@ def config() -> CSMConfig:
 
 
 def _llama(*, layers: int, dim: int, mlp: int, positions: int) -> LlamaConfig:
-    return LlamaConfig(
+    return dataclasses.replace(
+        csm_1b().backbone,
         num_layers=layers,
         num_heads=4,
         num_kv_heads=2,
@@ -47,13 +49,7 @@ def _llama(*, layers: int, dim: int, mlp: int, positions: int) -> LlamaConfig:
         embed_dim=dim,
         intermediate_dim=mlp,
         max_seq_len=positions,
-        norm_eps=1e-5,
-        # CSM-1B's rotation, but for a base that suits its 2,048 positions and not 512.
-        rope_base=10_000.0,
-        scale_factor=32.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        old_context_len=8192.0,
+        rope_base=10_000.0,  # CSM-1B's own is for 2,048 positions and more
     )
 
 

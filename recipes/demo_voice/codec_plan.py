@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from csm_jax.config import SAMPLE_RATE
-from csm_jax.mimi.config import MimiConfig
+from csm_jax.mimi.config import mimi
 from csm_jax.mimi.spectral_loss import Resolution, SpectralLossConfig
 from csm_jax.mimi.training import TrainingConfig
 from recipes.demo_voice import speech
@@ -51,31 +52,20 @@ class Plan:
 
 def demo_plan() -> Plan:
     """Returns the demo voice's codec: 2.6 million values, 8 codes of 512 for each 80 ms."""
-    mimi = MimiConfig(
-        sample_rate=24_000,
-        frame_rate=12.5,
+    sizes = dataclasses.replace(
+        mimi(),
         num_filters=16,
-        ratios=(8, 6, 5, 4),
-        num_residual_layers=1,
-        dilation_growth=2,
-        compress=2,
-        kernel_size=7,
-        residual_kernel_size=3,
-        last_kernel_size=3,
         embed_dim=128,
         num_layers=2,
         num_heads=4,
         intermediate_dim=256,
         context=24,
-        rope_base=10_000.0,
-        norm_eps=1e-5,
         num_codebooks=8,
-        num_semantic_codebooks=1,
         codebook_size=512,
         codebook_dim=64,
     )
     spectral = SpectralLossConfig(
-        sample_rate=mimi.sample_rate,
+        sample_rate=sizes.sample_rate,
         resolutions=(
             Resolution(window=2048, hop=512, num_mels=80),
             Resolution(window=1024, hop=256, num_mels=80),
@@ -88,7 +78,7 @@ def demo_plan() -> Plan:
     )
     return Plan(
         training=TrainingConfig(
-            mimi=mimi,
+            mimi=sizes,
             spectral=spectral,
             commitment_weight=0.25,
             semantic_weight=1.0,
