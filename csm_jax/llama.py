@@ -27,6 +27,7 @@ from flax import nnx
 
 from csm_jax import kvcache, sharding
 from csm_jax.array_typing import Array, Bool, Float, Int
+from csm_jax.closures import computed_again
 from csm_jax.config import LlamaConfig
 from csm_jax.kvcache import KVCache, SharedKV
 from csm_jax.linear import project
@@ -278,6 +279,8 @@ def rematerialise(function: Callable[..., Any], remat: str) -> Callable[..., Any
         raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
     if remat == "none":
         return function
+    if remat == "full" and jax.default_backend() == "cpu":
+        return computed_again(function)
     keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "minimal" else None
     return jax.checkpoint(function, policy=keep)
 

@@ -15,7 +15,17 @@ PACKAGE = "csm_jax"
 ROWS: tuple[tuple[str, ...], ...] = (
     ("array_typing",),
     ("config",),
-    ("sharding", "sampling", "audio", "codec", "watermark_key", "runaway", "text", "html_report"),
+    (
+        "sharding",
+        "sampling",
+        "audio",
+        "codec",
+        "watermark_key",
+        "runaway",
+        "text",
+        "html_report",
+        "closures",
+    ),
     ("kvcache", "linear"),
     # Mimi's files are no part of it: their names and forms are `weights.mimi` and `mimi_tables`, with
     # those of CSM's, whose readers and checks they share.

@@ -16,22 +16,27 @@ decoder's part by C-1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from csm_jax import sharding
-from csm_jax.array_typing import Array, Bool, Float, Int, Key, Params, pytree
+from csm_jax.array_typing import Array, Float, Int, Key, Params, pytree
+from csm_jax.closures import hoist
 from csm_jax.config import CSMConfig
 from csm_jax.data.batch import Batch
-from csm_jax.llama import rematerialise
 from csm_jax.model import CSM
 from csm_jax.train.augment import AugmentConfig, augment
 from csm_jax.train.frames import draw_frames
 
 # Frames per device that the decoder scores at a time: 31 · 2,051 float32 scores each, 65 MB.
 _DECODER_FRAMES = 256
+
+_Piece = tuple[Array, tuple[Array, Array]]  # of all codes; per code, of end frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +85,16 @@ class Sums:
 
     Attributes:
         c0: Cross entropy of code 0.
-        decoder: That of codes 1..C-1, one by one.
+        decoder: That of codes 1..C-1.
+        decoder_codes: The same, code by code, without a gradient.
         end_c0: That of code 0 over end frames.
-        end_decoder: That of codes 1..C-1 over end frames, together.
+        end_decoder: That of codes 1..C-1 over end frames, without a gradient.
         right: Frames whose code 0 has the highest score.
     """
 
     c0: Float[Array, ""]
-    decoder: Float[Array, "C_minus_1"]
+    decoder: Float[Array, ""]
+    decoder_codes: Float[Array, "C_minus_1"]
     end_c0: Float[Array, ""]
     end_decoder: Float[Array, ""]
     right: Float[Array, ""]
@@ -154,10 +161,11 @@ def loss_sums(
             weight = weight * share
         else:
             seen_end = end
-        decoder, end_decoder = _decoder_sums(model, hidden, codes, weight, seen_end, loss.remat)
+        decoder, decoder_codes, end_decoder = _decoder_sums(model, hidden, codes, weight, seen_end)
     return Sums(
         c0=c0.sum(),
         decoder=decoder,
+        decoder_codes=decoder_codes,
         end_c0=jnp.where(end, c0, 0.0).sum(),
         end_decoder=end_decoder,
         right=right.sum(),
@@ -167,7 +175,8 @@ def loss_sums(
 def total(sums: Sums, counts: Counts, *, decoder_loss_weight: float) -> Float[Array, ""]:
     """Returns the loss; 0 for a batch without a trained frame."""
     frames = jnp.maximum(counts.frames, 1e-9)
-    return sums.c0 / frames + decoder_loss_weight * sums.decoder.mean() / frames
+    decoder = sums.decoder / sums.decoder_codes.size
+    return sums.c0 / frames + decoder_loss_weight * decoder / frames
 
 
 def put_prefix(
@@ -194,46 +203,119 @@ def _cross_entropy(
 
 
 def _decoder_sums(
-    model: CSM, hidden: Array, codes: Array, weight: Array, end: Array, remat: str
-) -> tuple[Float[Array, "C_minus_1"], Float[Array, ""]]:
-    """Returns the sums over the given frames: per code, and of end frames."""
-    rows, frames = weight.shape
-    size = min(frames, max(1, _DECODER_FRAMES * sharding.batch_multiple() // rows))
-    fill = -frames % size
+    model: CSM, hidden: Array, codes: Array, weight: Array, end: Array
+) -> tuple[Float[Array, ""], Float[Array, "C_minus_1"], Float[Array, ""]]:
+    """Returns the sums over the given frames: of all codes, per code, and of end frames.
 
-    def pieces(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, fill)) + ((0, 0),) * (x.ndim - 2))
-        shape = (rows, (frames + fill) // size, size, *x.shape[2:])
-        spec = sharding.follow(x, 0, None, *range(1, x.ndim))
-        return jnp.swapaxes(jnp.reshape(x, shape, out_sharding=spec), 0, 1)
+    Only the first has a gradient. It is computed along with the sum, piece after piece, so that what one
+    piece of frames needs is all that is kept, and pieces without a trained frame cost nothing.
+    """
+    hidden, codes, weight, end = sharding.by_rows(_trained_first, hidden, codes, weight, end)
+    groups, frames = weight.shape
+    count = -(-frames // _DECODER_FRAMES)
+    size = -(-frames // count)
 
-    def flat(x: Bool[Array, "..."] | Array) -> Array:
+    def padded(x: Array) -> Array:
+        fill = count * size - frames
+        return jnp.pad(x, ((0, 0), (0, fill)) + ((0, 0),) * (x.ndim - 2))
+
+    def flat(x: Array) -> Array:
         spec = sharding.follow(x, 0, *range(2, x.ndim))
-        return jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]), out_sharding=spec)
+        return jnp.reshape(x, (groups * size, *x.shape[2:]), out_sharding=spec)
 
-    # Trained frames first: the pieces behind them are passed over.
-    order = jnp.argsort(weight == 0, axis=1, stable=True)
-    hidden, codes, weight, end = sharding.by_rows(
-        lambda order, *arrays: tuple(_pick(x, order) for x in arrays),
-        order, hidden, codes, weight, end,
-    )  # fmt: skip
+    def piece(x: Array, index: Array | int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
 
-    def score(hidden: Array, codes: Array, weight: Array, end: Array) -> tuple[Array, Array]:
+    def score(hidden: Array, codes: Array, weight: Array, end: Array) -> _Piece:
         hidden, codes, weight, end = (flat(x) for x in (hidden, codes, weight, end))
         scores = model.decoder.score(hidden, codes, model.decoder_table)
         each = weight * _cross_entropy(scores, codes[:, 1:].T)
-        return each.sum(axis=1), jnp.where(end, each, 0.0).sum()
+        return each.sum(), (each.sum(axis=1), jnp.where(end, each, 0.0).sum())
 
-    # Of many frames no more is kept than goes in.
-    score = rematerialise(score, "none" if remat == "none" else "full")
+    hidden, codes, weight, end = (padded(x) for x in (hidden, codes, weight, end))
+    rest = (codes, weight, end)
 
-    def nothing(*_: Array) -> tuple[Array, Array]:
-        return jnp.zeros((codes.shape[-1] - 1,), jnp.float32), jnp.zeros((), jnp.float32)
+    def nothing() -> _Piece:
+        zero = jnp.zeros((), jnp.float32)
+        return zero, (jnp.zeros((codes.shape[-1] - 1,), jnp.float32), zero)
 
-    def step(_: None, piece: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
-        return None, jax.lax.cond(piece[2].any(), score, nothing, *piece)
+    pure, consts = hoist(score, *(piece(x, 0) for x in (hidden, *rest)))
 
-    _, (each, ends) = jax.lax.scan(
-        step, None, tuple(pieces(x) for x in (hidden, codes, weight, end))
-    )
-    return each.sum(axis=0), ends.sum()
+    def forwards(consts: Sequence[Any], hidden: Array, *rest: Array) -> _Piece:
+        def body(index: Array, so_far: _Piece) -> _Piece:
+            more = pure(consts, *(piece(x, index) for x in (hidden, *rest)))
+            return jax.tree.map(jnp.add, so_far, more)
+
+        return jax.lax.fori_loop(0, _used(rest[1], size), body, nothing())
+
+    def both(consts: Any, hidden: Any, *rest: Any) -> tuple[_Piece, Any]:
+        trained = [each.perturbed for each in consts]
+        consts, hidden, rest = jax.tree.map(
+            lambda each: each.value, (list(consts), hidden, rest), is_leaf=_is_primal
+        )
+        asked, others = _divide(consts, trained)
+
+        def body(index: Array, carry: Any) -> Any:
+            so_far, by_weights, by_hidden = carry
+            slices = tuple(piece(x, index) for x in rest)
+            more, pull, aside = jax.vjp(
+                lambda asked, hidden: pure(_merge(asked, others, trained), hidden, *slices),
+                asked,
+                piece(hidden, index),
+                has_aux=True,
+            )
+            of_weights, of_hidden = pull(jnp.ones(()))
+            return (
+                jax.tree.map(jnp.add, so_far, (more, aside)),
+                jax.tree.map(jnp.add, by_weights, of_weights),
+                jax.lax.dynamic_update_slice_in_dim(by_hidden, of_hidden, index * size, axis=1),
+            )
+
+        zeros = [jnp.zeros_like(x, dtype=jnp.float32) for x in asked]
+        found, by_weights, by_hidden = jax.lax.fori_loop(
+            0, _used(rest[1], size), body, (nothing(), zeros, jnp.zeros_like(hidden))
+        )
+        by_weights = [x.astype(like.dtype) for x, like in zip(by_weights, asked, strict=True)]
+        return found, (_merge(by_weights, [None] * len(others), trained), by_hidden)
+
+    def backwards(gradients: Any, of_sums: Any) -> Any:
+        scale = of_sums[0]
+        if isinstance(scale, SymbolicZero):
+            return (None,) * (2 + len(rest))
+        scaled = jax.tree.map(lambda x: x * scale.astype(x.dtype), gradients)
+        return (*scaled, *[None] * len(rest))
+
+    sums = jax.custom_vjp(forwards)
+    sums.defvjp(both, backwards, symbolic_zeros=True)
+    every, (each, ends) = sums(consts, hidden, *rest)
+    return every, jax.lax.stop_gradient(each), jax.lax.stop_gradient(ends)
+
+
+def _is_primal(x: Any) -> bool:
+    return hasattr(x, "perturbed")
+
+
+def _divide(values: Sequence[Any], chosen: Sequence[bool]) -> tuple[list[Any], list[Any]]:
+    pairs = list(zip(values, chosen, strict=True))
+    return [x for x, yes in pairs if yes], [x for x, yes in pairs if not yes]
+
+
+def _merge(chosen: Sequence[Any], others: Sequence[Any], order: Sequence[bool]) -> list[Any]:
+    """Returns what `_divide` was given."""
+    yes, no = iter(chosen), iter(others)
+    return [next(yes) if each else next(no) for each in order]
+
+
+def _used(weight: Array, size: int) -> Array:
+    """Returns how many pieces there are frames for."""
+    return -(-(weight != 0).sum(axis=1).max() // size)
+
+
+def _trained_first(
+    hidden: Array, codes: Array, weight: Array, end: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Returns one row of all the rows' frames, those that count before the others."""
+    arrays = tuple(x.reshape(1, -1, *x.shape[2:]) for x in (hidden, codes, weight, end))
+    order = jnp.argsort(arrays[2] == 0, axis=1, stable=True)
+    hidden, codes, weight, end = (_pick(x, order) for x in arrays)
+    return hidden, codes, weight, end

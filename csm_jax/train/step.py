@@ -157,16 +157,16 @@ def make_evaluation(config: StepConfig) -> Callable[[PyTree, Params, Batch], tup
 def summary(sums: Sums, counts: Counts, loss: LossConfig) -> dict[str, Any]:
     """Returns the losses and the accuracy of a whole batch, by name; NaN for ends where there are none."""
     frames, ends = jnp.maximum(counts.frames, 1e-9), jnp.maximum(counts.ends, 1e-9)
-    codes = sums.decoder.shape[0]
+    codes = sums.decoder_codes.size
     return {
         "loss": total(sums, counts, decoder_loss_weight=loss.decoder_loss_weight),
         "c0": sums.c0 / frames,
-        "decoder": sums.decoder.mean() / frames,
+        "decoder": sums.decoder / codes / frames,
         "eos_c0": jnp.where(counts.ends > 0, sums.end_c0 / ends, jnp.nan),
         "eos_decoder": jnp.where(counts.ends > 0, sums.end_decoder / (ends * codes), jnp.nan),
         "accuracy": sums.right / frames,
         "frames": counts.frames,
-        "decoder_codes": sums.decoder / frames,
+        "decoder_codes": sums.decoder_codes / frames,
     }
 
 
@@ -189,7 +189,8 @@ def _no_sums(config: CSMConfig) -> Sums:
     zero = jnp.zeros((), jnp.float32)
     return Sums(
         c0=zero,
-        decoder=jnp.zeros((config.num_codebooks - 1,), jnp.float32),
+        decoder=zero,
+        decoder_codes=jnp.zeros((config.num_codebooks - 1,), jnp.float32),
         end_c0=zero,
         end_decoder=zero,
         right=zero,

@@ -60,3 +60,16 @@ def test_products_that_follow_each_other():
     error = np.abs(np.asarray(jax.jit(chain)(x, weights)) - expected).max()
     assert error <= 1e-5 * np.abs(expected).max()
     assert jax.jit(chain)(x, weights).shape == (3, 5, 64)
+
+
+@pytest.mark.parametrize("outputs", [8, 40, 200])
+def test_the_gradient_of_a_product_to_more_features(outputs: int) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (3, 50, 40))
+    w = jax.random.normal(keys[1], (outputs, 40))
+    g = jax.random.normal(keys[2], (3, 50, outputs))
+    _, pull = jax.vjp(project, x, w)
+    by_x, by_w = pull(g)
+    np.testing.assert_allclose(by_x, np.asarray(g) @ np.asarray(w), rtol=1e-4, atol=1e-4)
+    expected = np.einsum("abo,abi->oi", np.asarray(g, np.float64), np.asarray(x, np.float64))
+    np.testing.assert_allclose(by_w, expected, rtol=1e-4, atol=1e-4)

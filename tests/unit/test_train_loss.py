@@ -118,7 +118,7 @@ def estimates():
     def decoder_loss(part, rows: Batch, key, ratio: int):
         loss = dataclasses.replace(EVERY, amortization_ratio=ratio)
         whole = params() | {"decoder": part}
-        return loss_sums(whole, rows, key, config=CONFIG, loss=loss).decoder.mean() / frames
+        return loss_sums(whole, rows, key, config=CONFIG, loss=loss).decoder / frames
 
     def ours(key):
         return jax.grad(decoder_loss)(params()["decoder"], batch, key, 16)
