@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from csm_jax import sharding
 from csm_jax.array_typing import Array, Float, Int, Key, Params, pytree
@@ -33,7 +33,7 @@ from csm_jax.model import CSM
 from csm_jax.train.augment import AugmentConfig, augment
 from csm_jax.train.frames import draw_frames
 
-# Frames per device that the decoder scores at a time: 31 · 2,051 float32 scores each, 65 MB.
+# Frames per device that the decoder scores at a time: their 31 · 2,051 float32 scores are 65 MB.
 _DECODER_FRAMES = 256
 
 _Piece = tuple[Array, tuple[Array, Array]]  # of all codes; per code, of end frames
@@ -46,7 +46,7 @@ class LossConfig:
     Attributes:
         amortization_ratio: The decoder sees one in this many frames; 1 for all.
         decoder_loss_weight: Of codes 1..C-1 against code 0.
-        remat: A name of `csm_jax.llama.REMAT`.
+        remat: A name of `csm_jax.llama.REMAT`, for the backbone.
         augmentation: What is done to the audio that the backbone reads, if anything.
     """
 
@@ -85,7 +85,7 @@ class Sums:
 
     Attributes:
         c0: Cross entropy of code 0.
-        decoder: That of codes 1..C-1.
+        decoder: That of codes 1..C-1; no gradient goes to the frames' own weights.
         decoder_codes: The same, code by code, without a gradient.
         end_c0: That of code 0 over end frames.
         end_decoder: That of codes 1..C-1 over end frames, without a gradient.
@@ -233,38 +233,37 @@ def _decoder_sums(
         return each.sum(), (each.sum(axis=1), jnp.where(end, each, 0.0).sum())
 
     hidden, codes, weight, end = (padded(x) for x in (hidden, codes, weight, end))
-    rest = (codes, weight, end)
 
     def nothing() -> _Piece:
         zero = jnp.zeros((), jnp.float32)
         return zero, (jnp.zeros((codes.shape[-1] - 1,), jnp.float32), zero)
 
-    pure, consts = hoist(score, *(piece(x, 0) for x in (hidden, *rest)))
+    pure, consts = hoist(score, *(piece(x, 0) for x in (hidden, codes, weight, end)))
 
-    def forwards(consts: Sequence[Any], hidden: Array, *rest: Array) -> _Piece:
+    def forwards(
+        consts: Sequence[Any], hidden: Array, codes: Array, weight: Array, end: Array
+    ) -> _Piece:
         def body(index: Array, so_far: _Piece) -> _Piece:
-            more = pure(consts, *(piece(x, index) for x in (hidden, *rest)))
+            more = pure(consts, *(piece(x, index) for x in (hidden, codes, weight, end)))
             return jax.tree.map(jnp.add, so_far, more)
 
-        return jax.lax.fori_loop(0, _used(rest[1], size), body, nothing())
+        return jax.lax.fori_loop(0, _used(weight, size), body, nothing())
 
-    def both(consts: Any, hidden: Any, *rest: Any) -> tuple[_Piece, Any]:
-        trained = [each.perturbed for each in consts]
-        consts, hidden, rest = jax.tree.map(
-            lambda each: each.value, (list(consts), hidden, rest), is_leaf=_is_primal
-        )
+    def both(*args: Any) -> tuple[_Piece, Any]:
+        trained = [each.perturbed for each in args[0]]
+        consts, hidden, codes, weight, end = custom_vjp_primal_tree_values(args)
         asked, others = _divide(consts, trained)
 
         def body(index: Array, carry: Any) -> Any:
             so_far, by_weights, by_hidden = carry
-            slices = tuple(piece(x, index) for x in rest)
+            slices = tuple(piece(x, index) for x in (codes, weight, end))
             more, pull, aside = jax.vjp(
                 lambda asked, hidden: pure(_merge(asked, others, trained), hidden, *slices),
                 asked,
                 piece(hidden, index),
                 has_aux=True,
             )
-            of_weights, of_hidden = pull(jnp.ones(()))
+            of_weights, of_hidden = pull(jnp.ones_like(more))
             return (
                 jax.tree.map(jnp.add, so_far, (more, aside)),
                 jax.tree.map(jnp.add, by_weights, of_weights),
@@ -273,7 +272,7 @@ def _decoder_sums(
 
         zeros = [jnp.zeros_like(x, dtype=jnp.float32) for x in asked]
         found, by_weights, by_hidden = jax.lax.fori_loop(
-            0, _used(rest[1], size), body, (nothing(), zeros, jnp.zeros_like(hidden))
+            0, _used(weight, size), body, (nothing(), zeros, jnp.zeros_like(hidden))
         )
         by_weights = [x.astype(like.dtype) for x, like in zip(by_weights, asked, strict=True)]
         return found, (_merge(by_weights, [None] * len(others), trained), by_hidden)
@@ -281,18 +280,15 @@ def _decoder_sums(
     def backwards(gradients: Any, of_sums: Any) -> Any:
         scale = of_sums[0]
         if isinstance(scale, SymbolicZero):
-            return (None,) * (2 + len(rest))
-        scaled = jax.tree.map(lambda x: x * scale.astype(x.dtype), gradients)
-        return (*scaled, *[None] * len(rest))
+            return (None,) * 5
+        # The scale stays float32: rounded, it would shift all of the gradient by as much.
+        scaled = jax.tree.map(lambda x: (x * scale).astype(x.dtype), gradients)
+        return (*scaled, None, None, None)
 
     sums = jax.custom_vjp(forwards)
     sums.defvjp(both, backwards, symbolic_zeros=True)
-    every, (each, ends) = sums(consts, hidden, *rest)
+    every, (each, ends) = sums(consts, hidden, codes, weight, end)
     return every, jax.lax.stop_gradient(each), jax.lax.stop_gradient(ends)
-
-
-def _is_primal(x: Any) -> bool:
-    return hasattr(x, "perturbed")
 
 
 def _divide(values: Sequence[Any], chosen: Sequence[bool]) -> tuple[list[Any], list[Any]]:

@@ -15,6 +15,7 @@ from csm_jax.model import param_shapes
 
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BODY = re.compile(r"body=%?([\w.\-]+)")
 _WHILE = re.compile(r'while\(.*?body=%?([\w.\-]+).*?known_trip_count":\{"n":"(\d+)"')
 
 
@@ -32,13 +33,17 @@ def once_flops(text: str) -> float:
     return _jax.hlo_module_cost_analysis(jax.devices()[0].client, module)["flops"]
 
 
-def loop_flops(compiled: Any) -> float:
+def loop_flops(compiled: Any, *, unknown: int | None = None) -> float:
     """Returns the operations of a compiled program, every loop as often as it runs.
 
     XLA counts a loop's body once, so each body is counted by itself and multiplied.
 
+    Args:
+        compiled: Of `jax.jit(f).lower(...).compile()`.
+        unknown: Rounds of the loops whose number depends on the data.
+
     Raises:
-        ValueError: A loop's number of rounds does not stand in the code.
+        ValueError: There is such a loop, and `unknown` is not given.
     """
     text = compiled.as_text()
     computations, entry = _computations(text)
@@ -48,7 +53,7 @@ def loop_flops(compiled: Any) -> float:
 
     def whole(name: str) -> float:
         flops = only(name)
-        for body, rounds in _loops(computations, name):
+        for body, rounds in _loops(computations, name, unknown):
             flops += rounds * whole(body) - only(body)
         return flops
 
@@ -69,21 +74,24 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _loops(computations: dict[str, list[str]], name: str) -> list[tuple[str, int]]:
+def _loops(
+    computations: dict[str, list[str]], name: str, unknown: int | None
+) -> list[tuple[str, int]]:
     """Returns body and rounds of the loops in a computation and what it calls, not of loops in them."""
     loops = []
     for line in computations[name]:
         if " while(" in line:
             found = _WHILE.search(line)
-            if found is None:
+            if found is None and unknown is None:
                 raise ValueError(f"a loop of unknown length: {line[:200]}")
-            loops.append((found[1], int(found[2])))
+            [body] = _BODY.findall(line)
+            loops.append((body, int(found[2]) if found else unknown or 0))
             continue
         called = _CALLED.findall(line)
         for branches in _BRANCHES.findall(line):
             called += re.findall(r"[\w.\-]+", branches)
         for other in called:
-            loops += _loops(computations, other)
+            loops += _loops(computations, other, unknown)
     return loops
 
 

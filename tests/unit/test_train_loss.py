@@ -253,3 +253,44 @@ def test_bad_settings_are_refused():
     batch = training.row(CONFIG, [turns(1, (3, 4, True))], length=16)
     with pytest.raises(ValueError, match="remat must be one of"):
         value(params(), batch, loss=dataclasses.replace(EVERY, remat="some"))
+
+
+def test_pieces_of_frames_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder's sums and gradients do not depend on how many frames it scores at a time."""
+    batch = training.join(
+        [
+            training.row(CONFIG, [turns(1, (3, 9, True), (2, 6, False))], length=32),
+            training.row(CONFIG, [turns(2, (4, 15, True))], length=32),
+        ]
+    )
+
+    def both(size: int):
+        monkeypatch.setattr(objective, "_DECODER_FRAMES", size)
+
+        def decoder(p):
+            sums = loss_sums(p, batch, jax.random.key(0), config=CONFIG, loss=EVERY)
+            return sums.decoder, (sums.decoder_codes, sums.end_decoder)
+
+        return jax.value_and_grad(decoder, has_aux=True)(params())
+
+    whole, parts = both(256), both(7)
+    assert float(whole[0][0]) > 10
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        assert np.linalg.norm(np.asarray(one - other)) <= 1e-5 * np.linalg.norm(np.asarray(one))
+    np.testing.assert_allclose(whole[0][0], whole[0][1][0].sum(), rtol=1e-6)
+
+
+def test_the_decoder_s_gradient_scales_as_the_loss_does_in_bfloat16() -> None:
+    batch = training.row(CONFIG, [turns(3, (3, 20, True))], length=32)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+
+    def gradient(scale: float) -> np.ndarray:
+        def decoder(p):
+            sums = loss_sums(p, batch, jax.random.key(0), config=CONFIG, loss=EVERY)
+            return sums.decoder * scale
+
+        leaves = jax.tree.leaves(jax.grad(decoder)(half)["decoder"])
+        return np.concatenate([np.asarray(x, np.float64).ravel() for x in leaves])
+
+    exact, odd = gradient(1 / 32) * 32, gradient(1 / 37) * 37  # 1/37 is no bfloat16
+    assert odd @ exact / (exact @ exact) == pytest.approx(1, abs=5e-4)
