@@ -1,4 +1,4 @@
-# make demo   builds a small random model and speaks with it: a WAV and a picture under build/demo
+# make demo   the small model inside the package speaks: WAV files and a picture under build/demo
 # make test   lint, types and the tests (nothing that needs a GPU, the weights, or minutes)
 # make lint   ruff and pyright
 # make bench  speed on this machine, full size
@@ -22,7 +22,7 @@ $(VENV)/.stamp-base: $(INPUTS)
 	@echo "installing into $(VENV) (about 0.7 GB; a minute)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) pip setuptools
-	$(PIP) --no-build-isolation -e . matplotlib
+	$(PIP) --no-build-isolation -e '.[eval]'
 	@touch $@
 
 # What the tests compare with. torch first and by its exact version, so that nothing below picks another

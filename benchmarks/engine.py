@@ -57,7 +57,7 @@ from csm_jax.synthesizer import Result, Synthesizer  # noqa: E402
 from csm_jax.synthesizer_settings import SynthesizerSettings, default_settings  # noqa: E402
 from csm_jax.watermark import JaxWatermarker  # noqa: E402
 from csm_jax.watermark_key import DEFAULT_KEY  # noqa: E402
-from tests.support import demo, tokenizer  # noqa: E402
+from tests.support import model_directory, tokenizer  # noqa: E402
 
 _WORDS = ("the", "speech", "of", "what", "we", "hear", "and", "say", "over", "all", "in", "time")
 
@@ -154,7 +154,7 @@ def build(size: str, dtype: str, *, with_torch: bool, scratch: Path) -> Parts:
         params = init_params(config, jax.random.key(0), dtype=dtype)
     sizes = mimi() if size != "tiny" else tiny_mimi()
     sizes = dataclasses.replace(sizes, codebook_size=config.codebook_size)
-    demo._write_watermark(scratch / "watermark", seed=0)
+    model_directory._write_watermark(scratch / "watermark", seed=0)
     return Parts(
         config=config,
         params=params,

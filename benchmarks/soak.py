@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the demo's model lives with the tests
+sys.path.insert(0, str(ROOT))  # the model lives with the tests
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -35,7 +35,7 @@ from csm_jax import Request, load_csm_1b  # noqa: E402
 from csm_jax.synthesizer import Result, Synthesizer  # noqa: E402
 from csm_jax.synthesizer_settings import default_settings  # noqa: E402
 from csm_jax.voices import Voice, VoiceTurn  # noqa: E402
-from tests.support.demo import build  # noqa: E402
+from tests.support.model_directory import build  # noqa: E402
 
 MOST_GROWTH_MB = 20.0
 WARM_UP_SHARE = 0.2

@@ -191,7 +191,7 @@ def marvis_250m() -> CSMConfig:
 
 
 def tiny() -> CSMConfig:
-    """Returns a CSM of about 3 million parameters for tests and the demo: every part, no size."""
+    """Returns a CSM of about 3 million parameters for tests: every part, no size."""
     return CSMConfig(
         backbone=_llama(layers=2, heads=8, kv_heads=4, dim=128, mlp=256, positions=2048),
         decoder=_llama(layers=2, heads=4, kv_heads=2, dim=64, mlp=128, positions=_CODEBOOKS),

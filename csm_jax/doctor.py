@@ -134,7 +134,11 @@ def _model(source: str) -> list[Finding]:
     except (OSError, ValueError) as error:
         first, *rest = str(error).splitlines()
         return [Finding("model", False, first, "\n".join(line.strip() for line in rest))]
-    return [Finding("checkpoint", True, str(files.checkpoint)), _config(files), *_parts(files)]
+    return [
+        Finding("checkpoint", True, str(files.checkpoint)),
+        _config(files),
+        *_parts(source, files),
+    ]
 
 
 def _config(files: ModelFiles) -> Finding:
@@ -150,17 +154,20 @@ def _config(files: ModelFiles) -> Finding:
     return Finding("config", True, f"{sizes}, {config.num_codebooks} codebooks")
 
 
-def _parts(files: ModelFiles) -> list[Finding]:
+def _parts(source: str, files: ModelFiles) -> list[Finding]:
     """Looks for what goes with a checkpoint on this machine: beside it, then in the hub's cache."""
     from csm_jax import hub, pipeline
 
     beside = dataclasses.replace(files, local=True)  # then nothing is fetched
+    marked = hub.is_watermarked(source)
     parts: tuple[tuple[str, Callable[[], Path], tuple[str, ...], tuple[str, ...]], ...] = (
         ("tokenizer", beside.tokenizer, hub.TOKENIZER_REPOS, (hub.TOKENIZER,)),
         ("mimi", lambda: pipeline.find_mimi(beside), (hub.MIMI_REPO,), (hub.MIMI,)),
         ("watermark", beside.watermark_dir, (hub.WATERMARK_REPO,), _watermark_files()),
+    )[: 3 if marked else 2]
+    findings = (
+        [] if marked else [Finding("watermark", True, "none: the demo's audio is not marked")]
     )
-    findings = []
     told = False
     for name, find, repos, wanted in parts:
         try:

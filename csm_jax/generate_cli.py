@@ -104,7 +104,7 @@ def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
     with interrupt.writing():
         write_audio(args.output, np.concatenate(audios), generator.sample_rate)
     seconds = sum(map(len, audios)) / generator.sample_rate
-    mark = "not watermarked" if args.no_watermark else "watermarked"
+    mark = "not watermarked" if generator.watermarker is None else "watermarked"
     print(f"{args.output}: {seconds:.2f} s of audio, {mark}; {_speed(seconds, elapsed)}")
     return EXIT_OK
 

@@ -1,5 +1,7 @@
 """Finds the files of a model: in one directory, without any network, or on the Hugging Face hub.
 
+The name `demo` is the small model that is part of the package.
+
 A model directory holds `config.json`, one checkpoint, `tokenizer.json`, Mimi's weights and, under
 `silentcipher/44_1_khz/73999_iteration/`, the watermark's. On the hub they live in four
 repositories, named below. The environment variables of `huggingface_hub` apply: `HF_HUB_OFFLINE`,
@@ -30,6 +32,10 @@ WATERMARK_REPO = "sony/silentcipher"
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 MIMI = "tokenizer-e351c8d8-checkpoint125.safetensors"
+DEMO = "demo"
+"""The name of the model inside the package; a directory of that name is `./demo`."""
+VOCABULARY = "vocabulary.txt"
+"""Of a model that knows few words: those, one a line."""
 WATERMARK_FOLDER = "44_1_khz/73999_iteration"
 WATERMARK_FILES = ("hparams.yaml", "enc_c.ckpt", "dec_c.ckpt", "dec_m_0.ckpt")
 CHECKPOINTS = (
@@ -100,6 +106,17 @@ class ModelFiles:
         """Returns the path of Mimi's weights if they are in one of the model's places."""
         return next((place / MIMI for place in self.places if (place / MIMI).is_file()), None)
 
+    def vocabulary(self) -> frozenset[str] | None:
+        """Returns the only words that the model knows, None where that is not stated.
+
+        Raises:
+            OSError, UnicodeDecodeError: The list cannot be read.
+        """
+        for place in self.places:
+            if (place / VOCABULARY).is_file():
+                return frozenset((place / VOCABULARY).read_text(encoding="utf-8").split())
+        return None
+
     def watermark_dir(self) -> Path:
         """Returns the directory of silentcipher's files.
 
@@ -123,15 +140,22 @@ class ModelFiles:
         return fetch()
 
 
+def is_watermarked(source: str | os.PathLike[str]) -> bool:
+    """Returns whether a model comes with a watermark: all but the demo, for which no networks ship."""
+    return os.fspath(source) != DEMO
+
+
 def local_path(source: str | os.PathLike[str]) -> Path | None:
-    """Returns the path of a model on this machine: a directory, a checkpoint file or an orbax directory;
-    None if `source` reads like a hub id and is no path. Asks no network.
+    """Returns the path of a model on this machine: a directory, a checkpoint file, an orbax directory or
+    the demo; None if `source` reads like a hub id and is no path. Asks no network.
 
     Raises:
         FileNotFoundError: It is neither.
         ValueError: It is a file, but no checkpoint.
     """
     text = os.fspath(source)
+    if text == DEMO:
+        return Path(__file__).parent / "demo_voice"
     path = Path(text).expanduser()
     if text and path.exists():
         if not path.is_dir() and path.suffix not in CHECKPOINT_SUFFIXES:
@@ -142,8 +166,8 @@ def local_path(source: str | os.PathLike[str]) -> Path | None:
         return path
     if not isinstance(source, str) or not _HUB_ID.fullmatch(text):
         raise FileNotFoundError(
-            f"no model at {text!r}: give a model directory, a checkpoint file, or a hub id such as "
-            f"{CSM_REPO!r}"
+            f"no model at {text!r}: give a model directory, a checkpoint file, a hub id such as "
+            f"{CSM_REPO!r}, or {DEMO!r}"
         )
     return None
 
@@ -152,8 +176,8 @@ def locate(source: str | os.PathLike[str] = CSM_REPO) -> ModelFiles:
     """Returns the files of a model.
 
     Args:
-        source: A model directory: then nothing is looked for elsewhere. Or a checkpoint file or
-            orbax directory: what is not beside it comes from the hub. Or a hub id such as
+        source: A model directory, or `demo`: then nothing is looked for elsewhere. Or a checkpoint
+            file or orbax directory: what is not beside it comes from the hub. Or a hub id such as
             `sesame/csm-1b`.
 
     Raises:
@@ -216,6 +240,8 @@ def locate_watermark(source: str | os.PathLike[str] = CSM_REPO) -> Path:
         ValueError: `source` is a file, but no checkpoint.
         HubError: They cannot be fetched.
     """
+    if not is_watermarked(source):
+        raise FileNotFoundError("the demo comes without a watermark: its audio is never marked")
     path = local_path(source)
     if path is None:
         return _fetch_watermark()
@@ -233,8 +259,8 @@ def locate_prompt(name: str, source: str | os.PathLike[str] = CSM_REPO) -> Path:
         FileNotFoundError: A model directory has no such recording.
         HubError: It cannot be fetched.
     """
-    path, file = Path(source).expanduser(), f"prompts/{name}.wav"
-    if path.is_dir():
+    path, file = local_path(source), f"prompts/{name}.wav"
+    if path is not None and path.is_dir():
         if not (path / file).is_file():
             raise FileNotFoundError(f"{path} has no {file}")
         return path / file

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_WORD = re.compile(r"\w+(?:'\w+)*")
 _VOICE_PROMPTS = 64  # kept on the host, 0.1 to 0.2 MB each
 
 
@@ -38,6 +40,7 @@ class JobMaker:
         codec: Codec,
         *,
         model: Callable[[], str | None] = lambda: None,
+        vocabulary: Collection[str] | None = None,
     ) -> None:
         """Makes no job yet.
 
@@ -47,9 +50,12 @@ class JobMaker:
             codec: Encodes the audio of contexts.
             model: Gives the model's hash (`csm_jax.voices.model_hash`), None where it is not known; asked
                 when a voice comes that was trained for a model.
+            vocabulary: The only words that the model knows, in small letters; None where it knows a
+                language. Others in a text are logged, at level WARNING.
         """
         self.config = config
         self._tokenizer, self._encoder, self._model = tokenizer, EncodeCache(codec), model
+        self._vocabulary = vocabulary
         self._voices: OrderedDict[str, VoicePrompt] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -65,6 +71,7 @@ class JobMaker:
             TypeError, ValueError: The request is bad, or too long for the model.
         """
         check_settings(request)
+        self._note_words(request.text)
         voice = None if request.voice is None else self._voice_prompt(request.voice)
         prompt = build_prompt(
             self._tokenizer,
@@ -103,6 +110,20 @@ class JobMaker:
             while len(self._voices) > _VOICE_PROMPTS:
                 self._voices.popitem(last=False)
             return self._voices[voice.key]
+
+    def _note_words(self, text: str) -> None:
+        """Logs the words that the model does not know, at level WARNING."""
+        if self._vocabulary is None:
+            return
+        words = dict.fromkeys(
+            _WORD.findall(text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
+        )
+        if unknown := [word for word in words if word not in self._vocabulary]:
+            logger.warning(
+                "the model knows %d words, and not %s: expect something that sounds alike",
+                len(self._vocabulary),
+                ", ".join(map(repr, unknown)),
+            )
 
     def _note_model(self, voice: Voice) -> None:
         """Logs that a voice's vectors were trained for another model, at level WARNING."""

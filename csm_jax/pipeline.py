@@ -13,7 +13,7 @@ import logging
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,6 +79,7 @@ class Generator:
         codec: Codec,
         watermarker: Watermarker | None,
         watermark_key: Sequence[int] = DEFAULT_KEY,
+        vocabulary: Collection[str] | None = None,
     ):
         """Builds a generator from its parts; `load_csm_1b` finds and loads them.
 
@@ -89,6 +90,7 @@ class Generator:
             codec: Audio to codes and back.
             watermarker: None leaves the audio unmarked.
             watermark_key: Five bytes.
+            vocabulary: The only words that the model knows, in small letters: others are logged.
         """
         self.config = config
         self.params = params
@@ -97,7 +99,13 @@ class Generator:
         self.watermarker = watermarker
         self.watermark_key = check_key(watermark_key)
         self.sample_rate = codec.sample_rate
-        self._jobs = JobMaker(config, tokenizer, codec, model=functools.partial(model_hash, params))
+        self._jobs = JobMaker(
+            config,
+            tokenizer,
+            codec,
+            model=functools.partial(model_hash, params),
+            vocabulary=vocabulary,
+        )
         self._programs: OrderedDict[tuple[Any, ...], Programs] = OrderedDict()
 
     def generate(
@@ -402,7 +410,8 @@ def load_csm_1b(
     `~/.cache/csm_jax`), unless JAX has one configured already.
 
     Args:
-        source: A hub id, a directory holding everything, or a checkpoint file.
+        source: A hub id, a directory holding everything, a checkpoint file, or "demo", the small
+            model inside the package, which knows 196 words and is never watermarked.
         dtype: Of weights and activations; by default bfloat16, on CPU float32.
         layout: The checkpoint's layout where its names cannot tell (`csm-hf` or `csm-mlx`).
         codec: "jax" runs Mimi beside the model, "torch" through the moshi package on torch's CPU.
@@ -431,7 +440,8 @@ def load_csm_1b(
 
     enable_compilation_cache()
     files = hub.locate(source)
-    watermarker = load_watermarker(files.watermark_dir, watermark)
+    marked = watermark if hub.is_watermarked(source) else False
+    watermarker = load_watermarker(files.watermark_dir, marked)
     tokenizer = TextTokenizer.from_file(files.tokenizer())
     sizes = csm_config.read_config(files.config) if files.config is not None else None
     if mesh is not None and sizes is not None:
@@ -455,6 +465,7 @@ def load_csm_1b(
         ),
         watermarker=watermarker,
         watermark_key=watermark_key,
+        vocabulary=files.vocabulary(),
     )
 
 

@@ -47,16 +47,16 @@ import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory like any other, with random weights: what `make demo` speaks with."""
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory like any other, with random weights: its speech is noise."""
     from filelock import FileLock
 
-    from tests.support.demo import build
+    from tests.support.model_directory import build
 
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        return build(tmp_path_factory.mktemp("demo") / "model")
+        return build(tmp_path_factory.mktemp("random") / "model")
     # The first worker builds it for all.
-    model = tmp_path_factory.getbasetemp().parent / "demo"
+    model = tmp_path_factory.getbasetemp().parent / "random-model"
     with FileLock(model.with_suffix(".lock")):
         if not model.exists():
             build(model.with_suffix(".part")).rename(model)

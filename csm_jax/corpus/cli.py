@@ -78,6 +78,7 @@ def _read(args: argparse.Namespace) -> Plan:
 
 
 def _plan(args: argparse.Namespace, on_progress: Callable[[], None]) -> Plan:
+    from csm_jax import hub
     from csm_jax.corpus.identity import hash_files, model_files
     from csm_jax.corpus.plan import PLAN, make_plan, read_plan
     from csm_jax.request import Request, check_settings
@@ -92,7 +93,9 @@ def _plan(args: argparse.Namespace, on_progress: Callable[[], None]) -> Plan:
     if not args.manifest.is_file():  # before the model's files are hashed
         raise FileNotFoundError(f"no manifest at {args.manifest}")
     voices, library = _voice_keys(args.voices)
-    files = model_files(args.model, watermark=not args.no_watermark)
+    named_by_path = args.model != hub.DEMO and Path(args.model).exists()
+    watermark = hub.is_watermarked(args.model) and not args.no_watermark
+    files = model_files(args.model, watermark=watermark)
     remembered = {}
     if (args.out / PLAN).exists():
         remembered = read_plan(args.out).launch.get("files", {})
@@ -112,14 +115,14 @@ def _plan(args: argparse.Namespace, on_progress: Callable[[], None]) -> Plan:
                 "dtype": args.dtype,
                 "slots": args.slots,
                 "redraws": args.redraws,
-                "watermark": not args.no_watermark,
+                "watermark": watermark,
                 "watermark_key": _key_mark(args.watermark_key),
                 "settings": settings,
             },
         },
         launch={
             "manifest": str(args.manifest.resolve()),
-            "model": args.model if not Path(args.model).exists() else os.path.abspath(args.model),
+            "model": os.path.abspath(args.model) if named_by_path else args.model,
             "voices": library,
             "files": facts,
         },

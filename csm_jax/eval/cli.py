@@ -137,9 +137,10 @@ def _open_recogniser(args: argparse.Namespace) -> Any:
 
 def _open_watermark(args: argparse.Namespace) -> Callable[[np.ndarray, int], bool] | None:
     source = args.watermark_from if args.model is None else args.model
-    if source is None or args.no_watermark:
-        return None
     from csm_jax import hub, pipeline
+
+    if source is None or args.no_watermark or not hub.is_watermarked(source):
+        return None
 
     watermarker = pipeline.load_watermarker(lambda: hub.locate_watermark(source))
     if watermarker is None:

@@ -1,4 +1,4 @@
-"""Mimi's parameter tree: the shape of every leaf, and random values for tests and the demo.
+"""Mimi's parameter tree: the shape of every leaf, and random values to start from.
 
 Nested dicts with strings as keys, numbered ones too. Matrices have the output axis first and the
 input axis last (`[out, in]`); convolutions are `[out, kernel, in]`, transposed ones

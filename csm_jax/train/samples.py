@@ -40,7 +40,10 @@ class Sampler:
             params={},
             tokenizer=TextTokenizer.from_file(files.tokenizer()),
             codec=pipeline.load_codec(settings.model_name_or_path),
-            watermarker=pipeline.load_watermarker(files.watermark_dir, settings.watermark),
+            watermarker=pipeline.load_watermarker(
+                files.watermark_dir,
+                settings.watermark and hub.is_watermarked(settings.model_name_or_path),
+            ),
         )
         self._weights = jax.jit(self._assemble)
 

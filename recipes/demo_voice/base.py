@@ -32,7 +32,7 @@ def config() -> CSMConfig:
         backbone=_llama(layers=5, dim=192, mlp=576, positions=MAX_POSITIONS),
         decoder=_llama(layers=2, dim=128, mlp=384, positions=NUM_CODEBOOKS),
         text_vocab_size=len(tokenizer.CHARACTERS) + 2,
-        audio_vocab_size=CODEBOOK_SIZE,
+        audio_vocab_size=CODEBOOK_SIZE + csm_1b().audio_vocab_size - csm_1b().codebook_size,
         codebook_size=CODEBOOK_SIZE,
         num_codebooks=NUM_CODEBOOKS,
         tie_codebooks_embeddings=True,

@@ -288,7 +288,7 @@ def test_pieces_drawn_again_are_told(
 
 
 def test_batch_hands_over_what_it_needs(
-    monkeypatch: pytest.MonkeyPatch, demo_model: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, random_model: Path, tmp_path: Path
 ) -> None:
     from csm_jax.corpus import cli as corpus_cli
 
@@ -298,7 +298,7 @@ def test_batch_hands_over_what_it_needs(
         asked.append((args, cli._interrupt._tidying))
         synthesizer = open_synthesizer(
             {
-                "model": str(demo_model),
+                "model": str(random_model),
                 "layout": None,
                 "dtype": "float32",
                 "slots": 2,
@@ -321,7 +321,7 @@ def test_batch_hands_over_what_it_needs(
 
 
 def test_batch_speaks_a_manifest(
-    demo_model: Path,
+    random_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -331,7 +331,7 @@ def test_batch_speaks_a_manifest(
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     corpus = tmp_path / "corpus"
     words = ["batch", str(tmp_path / "rows.jsonl"), "--out", str(corpus), "--slots", "2"]
-    words += ["--model", str(demo_model), "--voices", str(tmp_path / "none")]
+    words += ["--model", str(random_model), "--voices", str(tmp_path / "none")]
     assert cli.main(words) == 3
     assert "1 of 1 rows" in capsys.readouterr().out
     assert (corpus / "rejected.jsonl").is_file()
@@ -421,9 +421,9 @@ def test_a_length_that_the_model_cannot_hold_is_found_by_its_config(
     fake: FakeGenerator,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    demo_model: Path,
+    random_model: Path,
 ) -> None:
-    monkeypatch.setattr(hub, "locate_config", lambda source: demo_model / "config.json")
+    monkeypatch.setattr(hub, "locate_config", lambda source: random_model / "config.json")
     assert cli.main(["generate", "hi", "--max-audio-length-ms", "163840"]) == 2
     said = capsys.readouterr().err
     assert "max_audio_length_ms must be between 80 and 163,760" in said
@@ -593,8 +593,15 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
 
 
-def test_ctrl_c_ends_a_real_process_cleanly(demo_model: Path, tmp_path: Path) -> None:
-    words = ["generate", "A long story.", "--model", str(demo_model), "-o", str(tmp_path / "x.wav")]
+def test_ctrl_c_ends_a_real_process_cleanly(random_model: Path, tmp_path: Path) -> None:
+    words = [
+        "generate",
+        "A long story.",
+        "--model",
+        str(random_model),
+        "-o",
+        str(tmp_path / "x.wav"),
+    ]
     words += ["--max-audio-length-ms", "90000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "csm_jax", *words],
@@ -643,7 +650,7 @@ class FakeWatermarker:
 def test_verify(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    demo_model: Path,
+    random_model: Path,
     tmp_path: Path,
     key: tuple[int, ...] | None,
     asked: list[str],
@@ -651,12 +658,12 @@ def test_verify(
     said: str,
 ) -> None:
     def load(directory: Any) -> FakeWatermarker:  # the native one: no other kind is asked for
-        assert directory() == demo_model / "silentcipher" / hub.WATERMARK_FOLDER
+        assert directory() == random_model / "silentcipher" / hub.WATERMARK_FOLDER
         return FakeWatermarker(key)
 
     monkeypatch.setattr(pipeline, "load_watermarker", load)
     write_audio(tmp_path / "a.wav", np.zeros(24_000, np.float32), 24_000)
-    command = ["verify", str(tmp_path / "a.wav"), "--model", str(demo_model), *asked]
+    command = ["verify", str(tmp_path / "a.wav"), "--model", str(random_model), *asked]
     assert cli.main(command) == status
     assert said in capsys.readouterr().out
 

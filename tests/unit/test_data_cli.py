@@ -23,7 +23,7 @@ from csm_jax.data.tokenize import tokenize_for
 from csm_jax.pipeline import load_codec
 from csm_jax.weights.mimi import load_mimi, save_mimi
 from tests.support.data import contents, line, message, write_clip, write_lines
-from tests.support.demo import config, vowels
+from tests.support.model_directory import config, vowels
 from tests.support.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,17 +47,27 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokens(demo_model: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokens(random_model: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokens") / "out"
-    words = ["data", "tokenize", source, "-o", out, "--model", demo_model, "--shard-minutes", 0.04]
+    words = [
+        "data",
+        "tokenize",
+        source,
+        "-o",
+        out,
+        "--model",
+        random_model,
+        "--shard-minutes",
+        0.04,
+    ]
     assert cli.main(list(map(str, words))) == 0
     return out
 
 
 def test_check_tells_what_is_there(
-    demo_model: Path, source: Path, capsys: pytest.CaptureFixture[str]
+    random_model: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, out, err = run(capsys, "check", source, "--model", demo_model)
+    status, out, err = run(capsys, "check", source, "--model", random_model)
     assert (status, err) == (0, "")
     assert "6 lines, 0 bad; 6 conversations of 6 messages, 5.5 s of audio" in out
     assert "languages: en 6" in out
@@ -65,30 +75,32 @@ def test_check_tells_what_is_there(
 
 
 def test_check_lists_bad_lines(
-    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_clip(tmp_path / "ok.wav", 10)
     ok = line(message(0, "fine", "ok.wav"))
     path = write_lines(tmp_path / "x.jsonl", [ok, {}, line(message(0, "a", "no.wav")), ok, ok])
-    status, out, _ = run(capsys, "check", path, "--model", demo_model)
+    status, out, _ = run(capsys, "check", path, "--model", random_model)
     assert status == 1
     assert "line 2: messages must be a list" in out
     assert "line 3: message 0: no audio file at" in out
     assert "5 lines, 2 bad; 3 conversations" in out
-    status, out, err = run(capsys, "tokenize", path, "-o", tmp_path / "out", "--model", demo_model)
+    status, out, err = run(
+        capsys, "tokenize", path, "-o", tmp_path / "out", "--model", random_model
+    )
     assert status == 1
     assert out.startswith("line 2: messages")
     assert err.startswith("csm-jax: 1 of 5 lines are bad, the first (line 2): ")
     assert "with `csm-jax data tokenize --skip-bad`" in err
     status, out, _ = run(
-        capsys, "tokenize", path, "-o", tmp_path / "out", "--model", demo_model, "--skip-bad"
+        capsys, "tokenize", path, "-o", tmp_path / "out", "--model", random_model, "--skip-bad"
     )
     assert status == 0
     assert "2 bad lines were left out" in out
 
 
-def test_tokens_hold_what_the_codec_gives(demo_model: Path, source: Path, tokens: Path) -> None:
-    shards, codec = Shards(tokens), load_codec(str(demo_model))
+def test_tokens_hold_what_the_codec_gives(random_model: Path, source: Path, tokens: Path) -> None:
+    shards, codec = Shards(tokens), load_codec(str(random_model))
     manifest = shards.manifest
     assert [shard["records"] for shard in manifest["shards"]] == [3, 3]
     audios = [read_audio(source.parent / f"{i}.wav")[0] for i in range(6)]
@@ -96,18 +108,20 @@ def test_tokens_hold_what_the_codec_gives(demo_model: Path, source: Path, tokens
     for i, example in enumerate(shards.read(range(6), facts=True)):
         assert example.facts["texts"] == [f"Number {i}."]
         np.testing.assert_array_equal(example.turns[0].codes, codes[i])
-    assert manifest["codec_hash"] == codec_hash(demo_model)
-    assert manifest["tokenizer_hash"] == tokenizer_hash(demo_model / "tokenizer.json")
+    assert manifest["codec_hash"] == codec_hash(random_model)
+    assert manifest["tokenizer_hash"] == tokenizer_hash(random_model / "tokenizer.json")
 
 
-def test_training_reads_them(demo_model: Path, tokens: Path, source: Path, tmp_path: Path) -> None:
+def test_training_reads_them(
+    random_model: Path, tokens: Path, source: Path, tmp_path: Path
+) -> None:
     data = TrainData(tokens, config=config(), max_length=2048)
     [batch] = data.batches(
         seed=0, epochs=1, rows=1, accumulation=1, process_index=0, process_count=1
     )
     assert int(np.sum(batch.trained)) == data.num_trained_frames
     again = tokenize_for(
-        source, tmp_path / "out", model=str(demo_model), max_length=2048, shard_minutes=0.04
+        source, tmp_path / "out", model=str(random_model), max_length=2048, shard_minutes=0.04
     )
     assert again == Shards(tokens).manifest
     assert contents(tmp_path / "out") == contents(tokens)
@@ -124,12 +138,12 @@ def test_inspect_shows_no_lengths_that_there_are_not(
 
 
 def test_what_lines_do_not_say(
-    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_clip(tmp_path / "a.wav", 10)
     said = message(0, "fine", "a.wav")
     path = write_lines(tmp_path / "x.jsonl", [line(said), line(said, lang="en"), line(said)])
-    given = ("check", path, "--model", demo_model, "--lang", "zh")
+    given = ("check", path, "--model", random_model, "--lang", "zh")
     status, out, _ = run(capsys, *given)
     assert status == 0
     assert "languages: en 1, zh 2" in out
@@ -164,10 +178,10 @@ def test_inspect(tokens: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 
 def test_export_and_tokenize_again(
-    demo_model: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    random_model: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(capsys, "export", tokens, tmp_path / "x.parquet", "--to", "parquet")[0] == 0
-    words = ["tokenize", tmp_path / "x.parquet", "-o", tmp_path / "out", "--model", demo_model]
+    words = ["tokenize", tmp_path / "x.parquet", "-o", tmp_path / "out", "--model", random_model]
     assert run(capsys, *words)[0] == 0
     assert Shards(tmp_path / "out").manifest["counts"] == Shards(tokens).manifest["counts"]
 
@@ -187,7 +201,7 @@ def test_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_another_codec_is_refused(
-    demo_model: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    random_model: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(tokens, tmp_path / "copy")
     manifest = json.loads((tmp_path / "copy" / "manifest.json").read_text())
@@ -195,7 +209,7 @@ def test_another_codec_is_refused(
     (tmp_path / "copy" / "manifest.json").write_text(json.dumps(manifest))
     run(capsys, "export", tmp_path / "copy", tmp_path / "x.parquet", "--to", "parquet")
     status, _, err = run(
-        capsys, "tokenize", tmp_path / "x.parquet", "-o", tmp_path / "o", "--model", demo_model
+        capsys, "tokenize", tmp_path / "x.parquet", "-o", tmp_path / "o", "--model", random_model
     )
     assert status == 2
     assert "holds codes of another codec (0000" in err
@@ -245,7 +259,7 @@ def test_another_codec_is_refused(
     ],
 )
 def test_mistakes_are_one_line(
-    demo_model: Path,
+    random_model: Path,
     tokens: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -260,7 +274,7 @@ def test_mistakes_are_one_line(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis").touch()
     status, out, err = run(
-        capsys, *shlex.split(words.format(here=tmp_path, model=demo_model, tokens=tokens))
+        capsys, *shlex.split(words.format(here=tmp_path, model=random_model, tokens=tokens))
     )
     assert (status, out) == (2, "")
     assert complaint in err
@@ -291,9 +305,9 @@ def test_help_needs_nothing_heavy() -> None:
 # --- identity ----------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_is_what_it_makes_of_text(demo_model: Path, tmp_path: Path) -> None:
-    before = tokenizer_hash(demo_model / "tokenizer.json")
-    given = json.loads((demo_model / "tokenizer.json").read_text())
+def test_a_tokenizer_is_what_it_makes_of_text(random_model: Path, tmp_path: Path) -> None:
+    before = tokenizer_hash(random_model / "tokenizer.json")
+    given = json.loads((random_model / "tokenizer.json").read_text())
     given["post_processor"] = None
     given["model"]["merges"] = [" ".join(merge) for merge in given["model"]["merges"]]
     (tmp_path / "same.json").write_text(json.dumps(given, indent=4))
@@ -305,13 +319,13 @@ def test_a_tokenizer_is_what_it_makes_of_text(demo_model: Path, tmp_path: Path) 
         tokenizer_hash(tmp_path / "no.json")
 
 
-def test_a_codec_is_its_weights_in_any_layout(demo_model: Path, tmp_path: Path) -> None:
-    before = codec_hash(demo_model)
+def test_a_codec_is_its_weights_in_any_layout(random_model: Path, tmp_path: Path) -> None:
+    before = codec_hash(random_model)
     name = "tokenizer-e351c8d8-checkpoint125.safetensors"
-    for file in demo_model.iterdir():
+    for file in random_model.iterdir():
         if file.is_file() and file.name != name:
             (tmp_path / file.name).symlink_to(file)
-    sizes, params = load_mimi(demo_model / name)
+    sizes, params = load_mimi(random_model / name)
     save_mimi(tmp_path / name, sizes, params, layout="moshi")
     assert codec_hash(tmp_path) == before
     params["encoder"]["conv_out"]["bias"] = params["encoder"]["conv_out"]["bias"] + 1
@@ -320,7 +334,7 @@ def test_a_codec_is_its_weights_in_any_layout(demo_model: Path, tmp_path: Path) 
 
 
 def test_the_commands_of_the_manual_work(
-    demo_model: Path,
+    random_model: Path,
     source: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -333,7 +347,7 @@ def test_the_commands_of_the_manual_work(
         for line in block.splitlines()
     ]
     assert len(commands) > 15
-    (tmp_path / "csm-1b").symlink_to(demo_model)
+    (tmp_path / "csm-1b").symlink_to(random_model)
     clips = [f"{i}.wav" for i in range(3)]  # of sizes that are compiled already
     for name in clips:
         shutil.copy(source.parent / name, tmp_path)

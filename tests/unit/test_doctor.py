@@ -31,9 +31,9 @@ def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_directories(
-    capsys: pytest.CaptureFixture[str], demo_model: Path, tmp_path: Path, no_network: None
+    capsys: pytest.CaptureFixture[str], random_model: Path, tmp_path: Path, no_network: None
 ) -> None:
-    assert cli.main(["doctor", "--model", str(demo_model)]) == 0
+    assert cli.main(["doctor", "--model", str(random_model)]) == 0
     text = capsys.readouterr().out
     assert "2 + 2 layers, 32 codebooks" in text
     assert "everything is there" in text
@@ -41,7 +41,7 @@ def test_directories(
     partial = tmp_path / "partial"
     partial.mkdir()
     for name in ("config.json", "model.safetensors"):
-        (partial / name).symlink_to(demo_model / name)
+        (partial / name).symlink_to(random_model / name)
     assert cli.main(["doctor", "--model", str(partial)]) == 1
     text = capsys.readouterr().out
     assert "3 missing" in text
@@ -52,7 +52,7 @@ def test_directories(
 
 
 def test_torch_is_optional(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], demo_model: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], random_model: Path
 ) -> None:
     original = importlib.metadata.version
 
@@ -62,18 +62,18 @@ def test_torch_is_optional(
         return original(package)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert cli.main(["doctor", "--model", str(demo_model)]) == 0
+    assert cli.main(["doctor", "--model", str(random_model)]) == 0
     text = capsys.readouterr().out
     assert "not installed (only for --codec torch)" in text
     assert "everything is there" in text
     monkeypatch.setattr(doctor, "_CORE", ("torch",))
-    assert cli.main(["doctor", "--model", str(demo_model)]) == 1
+    assert cli.main(["doctor", "--model", str(random_model)]) == 1
 
 
 def test_a_codec_inside_the_checkpoint_counts(
-    monkeypatch: pytest.MonkeyPatch, demo_model: Path, tmp_path: Path, no_network: None
+    monkeypatch: pytest.MonkeyPatch, random_model: Path, tmp_path: Path, no_network: None
 ) -> None:
-    for item in demo_model.iterdir():
+    for item in random_model.iterdir():
         if item.name != hub.MIMI:
             (tmp_path / item.name).symlink_to(item)
     assert not found(tmp_path)["mimi"].ok

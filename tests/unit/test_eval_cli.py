@@ -233,14 +233,14 @@ def test_the_command_hands_over_what_it_needs(
 
 
 @pytest.mark.slow
-def test_the_command_measures_a_model(demo_model: Path, tmp_path: Path) -> None:
+def test_the_command_measures_a_model(random_model: Path, tmp_path: Path) -> None:
     rows = [{"id": "a", "text": "Hi.", "max_audio_length_ms": 160}]
     manifest = write_manifest(tmp_path / "m.jsonl", rows)
     out = tmp_path / "out"
-    words = ["eval", str(manifest), "-o", str(out), "--model", str(demo_model)]
+    words = ["eval", str(manifest), "-o", str(out), "--model", str(random_model)]
     assert cli.main([*words, "--recogniser", "none"]) == 0
     [row] = json.loads((out / "eval.json").read_text())["rows"]
-    assert row["watermarked"] is False  # the demo's networks are random
+    assert row["watermarked"] is False  # the networks are random
     assert row["audio"] == "audio/a.wav"
     assert (out / "audio" / "a.wav").is_file()
 

@@ -16,7 +16,7 @@ import pytest
 from csm_jax.audio import read_audio
 from csm_jax.eval import language_model
 from csm_jax.eval.recognisers import PocketSphinx, open_recogniser
-from tests.support.demo import vowels
+from tests.support.model_directory import vowels
 
 SENTENCES = [
     "good morning my small friend",

@@ -3,6 +3,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,6 +250,25 @@ def test_a_whole_directory(directory, no_network, as_text):
     assert hub.locate_prompt("a", directory) == directory / "prompts" / "a.wav"
     with pytest.raises(FileNotFoundError, match=r"has no prompts/b\.wav"):
         hub.locate_prompt("b", directory)
+
+
+def test_the_demo_is_in_the_package(directory, no_network, monkeypatch, tmp_path):
+    inside = hub.local_path("demo")
+    assert inside == Path(hub.__file__).parent / "demo_voice"
+    (tmp_path / "demo").symlink_to(directory)
+    monkeypatch.chdir(tmp_path)
+    assert hub.local_path("demo") == inside  # whatever lies around
+    assert hub.local_path("./demo") == Path("demo")
+    assert not hub.is_watermarked("demo")
+    assert hub.is_watermarked("./demo")
+    with pytest.raises(FileNotFoundError, match="without a watermark"):
+        hub.locate_watermark("demo")
+
+
+def test_a_vocabulary(directory, no_network):
+    assert hub.locate(directory).vocabulary() is None
+    (directory / hub.VOCABULARY).write_text("one\ntwo\n")
+    assert hub.locate(directory).vocabulary() == {"one", "two"}
 
 
 def test_an_empty_directory_lists_everything(tmp_path, no_network):

@@ -92,11 +92,11 @@ def test_all_of_it_imports_without_torch(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_speaking_and_verifying_need_no_torch(demo_model: Path, tmp_path: Path) -> None:
+def test_speaking_and_verifying_need_no_torch(random_model: Path, tmp_path: Path) -> None:
     code = f"""
 import os
 from csm_jax.cli import main
-model = ["--model", {str(demo_model)!r}]
+model = ["--model", {str(random_model)!r}]
 words = ["generate", "Hello.", "--max-audio-length-ms", "160", *model]
 assert main([*words, "--codec", "torch"]) == 2
 assert not os.path.exists("out.wav")
@@ -115,7 +115,7 @@ assert main(["doctor", *model]) == 0
     assert "pip install" in done.stderr.splitlines()[0]
     assert "Traceback" not in done.stderr
     assert "out.wav: 0.16 s of audio, watermarked" in done.stdout
-    # The demo's random networks write a mark that they cannot read.
+    # Random networks write a mark that they cannot read.
     assert "out.wav: no watermark found" in done.stdout
 
 

@@ -348,19 +348,19 @@ def test_audio_is_fetched_while_the_next_chunk_is_made(
 # --- from a directory -------------------------------------------------------------------------
 
 
-def test_no_torch_is_needed_to_speak_mark_and_stream(demo_model: Path) -> None:
+def test_no_torch_is_needed_to_speak_mark_and_stream(random_model: Path) -> None:
     script = (
         "import sys\n"
         "for name in ('torch', 'moshi', 'silentcipher'): sys.modules[name] = None\n"
         "from csm_jax import load_csm_1b\n"
-        f"generator = load_csm_1b({str(demo_model)!r})\n"
+        f"generator = load_csm_1b({str(random_model)!r})\n"
         "audio = generator.generate('Hi.', 0, max_audio_length_ms=400)\n"
         "assert audio.shape == (5 * 1920,), audio.shape\n"
         "pieces = list(generator.stream('Hi.', 0, max_audio_length_ms=400))\n"
         "assert sum(map(len, pieces)) == 5 * 1920\n"
         "generator.watermarker.detect(audio, 24_000)\n"
         "for options in ({'codec': 'numpy'}, {'watermark': 'off'}, {'codec': 'torch'}):\n"
-        f"    try: load_csm_1b({str(demo_model)!r}, **options)\n"
+        f"    try: load_csm_1b({str(random_model)!r}, **options)\n"
         "    except (ValueError, ImportError) as error: print(error)\n"
     )
     done = subprocess.run(
@@ -371,9 +371,9 @@ def test_no_torch_is_needed_to_speak_mark_and_stream(demo_model: Path) -> None:
     assert "pip install" in done.stdout  # what codec="torch" needs
 
 
-def test_the_torch_bridge_gives_the_same_audio(demo_model: Path) -> None:
-    ours = load_csm_1b(demo_model)
-    theirs = load_csm_1b(demo_model, codec="torch", watermark="torch")
+def test_the_torch_bridge_gives_the_same_audio(random_model: Path) -> None:
+    ours = load_csm_1b(random_model)
+    theirs = load_csm_1b(random_model, codec="torch", watermark="torch")
     assert type(theirs.codec).__name__ == "TorchMimi"
     assert type(theirs.watermarker).__name__ == "TorchWatermarker"
     context = [Segment(speaker=1, text="Before.", audio=np.sin(np.arange(3 * SAMPLES) / 9) / 3)]
@@ -393,10 +393,10 @@ def stream_joined(generator: Generator) -> Callable[..., np.ndarray]:
 
 
 def test_a_checkpoint_that_brings_its_codec_needs_no_other(
-    demo_model: Path, tmp_path: Path
+    random_model: Path, tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
-    shutil.copytree(demo_model, model)
+    shutil.copytree(random_model, model)
     mimi = model / "tokenizer-e351c8d8-checkpoint125.safetensors"
     config, params = load_mimi(mimi)
     mimi.unlink()
@@ -411,6 +411,6 @@ def test_a_checkpoint_that_brings_its_codec_needs_no_other(
     data["codec_config"] = json.loads((tmp_path / "codec" / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(data))
     with_codec = load_csm_1b(model, watermark=False)
-    beside = load_csm_1b(demo_model, watermark=False)
+    beside = load_csm_1b(random_model, watermark=False)
     codes = np.random.default_rng(0).integers(0, 2048, (4, 32), dtype=np.int32)
     np.testing.assert_array_equal(with_codec.codec.decode(codes), beside.codec.decode(codes))

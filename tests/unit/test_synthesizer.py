@@ -623,15 +623,15 @@ def compiled() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_after_warming_up_nothing_is_compiled(demo_model: Path, compiled: list[str]) -> None:
+def test_after_warming_up_nothing_is_compiled(random_model: Path, compiled: list[str]) -> None:
     """With the codec and the watermark of a real model as well.
 
     Context audio is left out: its encoder compiles one program for each power of two of frames.
     """
-    mimi = load_mimi(demo_model / "tokenizer-e351c8d8-checkpoint125.safetensors")
+    mimi = load_mimi(random_model / "tokenizer-e351c8d8-checkpoint125.safetensors")
     synthesizer = make(
         codec=JaxMimi(*mimi, num_codebooks=CONFIG.num_codebooks),
-        watermarker=JaxWatermarker.from_dir(demo_model / WATERMARK),
+        watermarker=JaxWatermarker.from_dir(random_model / WATERMARK),
         slots=3,  # no other test's programs
         capacity=64,
         codec_frames=4,

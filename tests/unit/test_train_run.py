@@ -465,13 +465,13 @@ def test_settings_are_checked_before_anything_is_tokenised(place: Path, done: Pa
 
 
 def test_the_prefix_is_named_where_it_leaves_too_little(
-    place: Path, demo_model: Path, tmp_path: Path
+    place: Path, random_model: Path, tmp_path: Path
 ):
     asked = settings(
         place,
         tmp_path / "run",
         train_file=place / "set" / "talks.jsonl",
-        model_name_or_path=str(demo_model),
+        model_name_or_path=str(random_model),
         method="prefix",
         consent=True,
         prefix_positions=120,

@@ -1,4 +1,4 @@
-"""`csm-jax voices` as a user meets it, with the demo's model."""
+"""`csm-jax voices` as a user meets it, with a random model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from csm_jax.config import csm_1b
 from csm_jax.prompt import Segment
 from csm_jax.voices import Voice, VoiceLibrary, VoiceTurn, encode_voice
 from tests.support.codec import PlainCodec
-from tests.support.demo import PROMPTS
+from tests.support.model_directory import PROMPTS
 
 ROOT = Path(__file__).resolve().parents[2]
 STATED = ("--source", "made for a test", "--consent")
@@ -83,7 +83,7 @@ def voice(name: str, *speakers: int, codebook_size: int = 2_048, **provenance: s
 # --- with a model ------------------------------------------------------------------------------
 
 
-def test_add_and_hear_a_voice(demo_model, library, tmp_path, capsys, monkeypatch):
+def test_add_and_hear_a_voice(random_model, library, tmp_path, capsys, monkeypatch):
     from csm_jax import weights
     from csm_jax.mimi.codec import JaxMimi
     from csm_jax.prompt import TextTokenizer
@@ -94,14 +94,14 @@ def test_add_and_hear_a_voice(demo_model, library, tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(weights, "load_checkpoint", not_needed)
     monkeypatch.setattr(TextTokenizer, "from_file", not_needed)
-    first, second = (demo_model / "prompts" / f"{name}.wav" for name, *_ in PROMPTS)
-    words = ("add", "duo", first, A, "--and", second, B, 7, *STATED, "--model", demo_model)
+    first, second = (random_model / "prompts" / f"{name}.wav" for name, *_ in PROMPTS)
+    words = ("add", "duo", first, A, "--and", second, B, 7, *STATED, "--model", random_model)
     assert call(*words) == 0
     path = library.directory / "duo.safetensors"
     captured = capsys.readouterr()
     assert captured.out == f"duo: 4.8 s in 2 turns, kept in {path}\n"
 
-    codec = JaxMimi(*load_mimi(demo_model / hub.MIMI))
+    codec = JaxMimi(*load_mimi(random_model / hub.MIMI))
     segments = [
         Segment(speaker, text, *read_audio(file))
         for speaker, text, file in ((0, A, first), (7, B, second))
@@ -114,7 +114,7 @@ def test_add_and_hear_a_voice(demo_model, library, tmp_path, capsys, monkeypatch
     assert kept.provenance["csm_jax"] == __version__
 
     heard = tmp_path / "heard.wav"
-    assert call("show", "duo", "-o", heard, "--model", demo_model) == 0
+    assert call("show", "duo", "-o", heard, "--model", random_model) == 0
     assert f"\n{heard}: 4.8 s of audio\n" in capsys.readouterr().out
     audio, rate = read_audio(heard)
     expected = np.concatenate([codec.decode(turn.codes) for turn in kept.turns])
@@ -123,13 +123,13 @@ def test_add_and_hear_a_voice(demo_model, library, tmp_path, capsys, monkeypatch
 
 
 def test_of_a_model_on_the_hub_only_config_and_mimi_are_fetched(
-    demo_model, library, recording, monkeypatch
+    random_model, library, recording, monkeypatch
 ):
     fetched = []
 
     def fetch(repo: str, name: str) -> Path:
         fetched.append((repo, name))
-        return demo_model / name
+        return random_model / name
 
     monkeypatch.setattr(hub, "_fetch", fetch)
     assert call("add", "anna", recording, "What is said.", *STATED) == 0
@@ -140,7 +140,7 @@ def test_of_a_model_on_the_hub_only_config_and_mimi_are_fetched(
     assert library.get("anna").num_codebooks == 32
 
 
-def test_the_codec_on_torch(demo_model, library, recording, monkeypatch):
+def test_the_codec_on_torch(random_model, library, recording, monkeypatch):
     from csm_jax.bridge.mimi import TorchMimi
 
     asked = []
@@ -150,9 +150,9 @@ def test_the_codec_on_torch(demo_model, library, recording, monkeypatch):
         return PlainCodec(num_codebooks=num_codebooks, codebook_size=2_048)
 
     monkeypatch.setattr(TorchMimi, "from_file", from_file)
-    words = ("--model", demo_model, "--codec", "torch")
+    words = ("--model", random_model, "--codec", "torch")
     assert call("add", "anna", recording, "What is said.", *STATED, *words) == 0
-    assert asked == [(demo_model / hub.MIMI, csm_1b().num_codebooks)]
+    assert asked == [(random_model / hub.MIMI, csm_1b().num_codebooks)]
     assert library.get("anna").frames == 50
 
 

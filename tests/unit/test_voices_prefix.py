@@ -268,13 +268,13 @@ def test_list_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_generate_and_batch_speak_with_it(
-    demo_model: Path,
+    random_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(Synthesizer, "warm_up", lambda self: None)  # all its programs, in minutes
-    sizes = read_config(demo_model / "config.json")
+    sizes = read_config(random_model / "config.json")
     shape = (16, sizes.backbone.embed_dim)
     vectors = np.random.default_rng(0).normal(0, 0.1, shape).astype(np.float32)
     made = prefix_voice("anna", vectors, config=sizes, model="another", provenance=PROVENANCE)
@@ -284,7 +284,7 @@ def test_generate_and_batch_speak_with_it(
 
     def said(*words: str) -> np.ndarray:
         out = tmp_path / "out.wav"
-        base = ["generate", "Hi.", "--model", str(demo_model), "--no-watermark", "-o", str(out)]
+        base = ["generate", "Hi.", "--model", str(random_model), "--no-watermark", "-o", str(out)]
         assert cli.main([*base, "--max-audio-length-ms", "400", *words]) == 0
         return read_audio(out)[0]
 
@@ -298,7 +298,7 @@ def test_generate_and_batch_speak_with_it(
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     corpus = tmp_path / "corpus"
     words = ["batch", str(tmp_path / "rows.jsonl"), "--out", str(corpus), "--slots", "2"]
-    words += ["--model", str(demo_model), "--voices", str(library.directory)]
+    words += ["--model", str(random_model), "--voices", str(library.directory)]
     assert cli.main(words) == 0
     assert json.loads((corpus / "plan.json").read_text())["identity"]["voices"] == {
         "anna": made.key

@@ -1,4 +1,4 @@
-"""A model directory like any other, with random weights: what the demo and the examples' tests use.
+"""A model directory like any other, with random weights: what the tests of commands and examples use.
 
 Every file has its published name and form: a Sesame-layout checkpoint goes through the converter, Mimi
 and the watermark's networks are thin or random, the tokenizer is small. Random weights make noise.
@@ -153,7 +153,7 @@ def build(path: Path, *, seed: int = 0, note: Callable[[str], None] | None = Non
     weights.save_checkpoint(source, sizes, params, layout="sesame")
     say(f"random weights in Sesame's layout: {source / 'model.safetensors'}")
 
-    # The command itself, so that the demo shows what a user would run.
+    # The command itself, as a user would run it.
     command = ["convert", str(source), str(path), "--from", "sesame", "--to", "transformers"]
     if cli.main(command):
         raise RuntimeError(f"csm-jax {' '.join(command)} failed")
