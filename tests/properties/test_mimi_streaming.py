@@ -45,7 +45,7 @@ def random_split(frames: int, rng: np.random.Generator) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_decoding_in_any_pieces_equals_the_whole(codec, seed):
     rng = np.random.default_rng(seed)
     codes = random_codes(FRAMES, seed)
@@ -61,7 +61,7 @@ def test_decoding_in_any_pieces_equals_the_whole(codec, seed):
         np.testing.assert_allclose(np.concatenate(pieces), whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_encoding_in_any_pieces_equals_the_whole(codec, seed):
     # The features are compared and not the codes: a rounding can tip a code over.
     rng = np.random.default_rng(seed)

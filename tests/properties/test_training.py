@@ -67,7 +67,7 @@ def fit(
 # --- the batch is learnt ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", [1, 4])
+@pytest.mark.parametrize("ratio", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_batch_of_eight_is_learnt_by_heart(ratio):
     rng = np.random.default_rng(0)
     talks = [[training.random_turn(CONFIG, text=6, audio=12, rng=rng)] for _ in range(8)]

@@ -42,10 +42,12 @@ class FakeGenerator:
         self.loaded: tuple[Any, dict[str, Any]] | None = None
         self.error: BaseException | None = None
         self.log: str | None = None
+        self.watermarker: object = None
         self.finished = 0
 
     def load(self, source: Any, **options: Any) -> FakeGenerator:
         self.loaded = (source, options)
+        self.watermarker = object() if options["watermark"] else None
         return self
 
     def prompt_lengths(self, requests: Any) -> list[int]:

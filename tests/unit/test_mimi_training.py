@@ -74,7 +74,9 @@ decode = jax.jit(whole.decode_features, static_argnames="config")
 # --- the whole form and the streaming one ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [small(), odd()], ids=["small", "odd"])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param(small(), marks=pytest.mark.slow), odd()], ids=["small", "odd"]
+)
 def test_whole_utterances_have_the_features_and_the_audio_of_the_streaming_functions(sizes):
     params = init_params(sizes, jax.random.key(0))
     ready = model.prepare(params, num_codebooks=sizes.num_codebooks, config=sizes)
