@@ -6,8 +6,8 @@ Both make full fine-tuning steps (AdamW) in float32 over the same clips of log-n
 them into rows; transformers has a padded batch, as its own training has. Each objective is timed in both:
 the decoder on all frames, and on one frame in 16 (in transformers by its label -101). On a CPU both keep the
 memory that they free (`csm_jax.host_memory`), as `csm-jax train` does, and neither computes activations again.
-Compilation and the first step are not
-counted; the time is the median of the steps. The last line is the result as JSON.
+Compilation and the first step are not counted; the time is the median of the steps. The last line is the
+result as JSON.
 """
 
 from __future__ import annotations

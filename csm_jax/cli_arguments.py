@@ -108,7 +108,7 @@ def _add_model(parser: argparse._ActionsContainer) -> None:
         "--model",
         metavar="SOURCE",
         default=_DEFAULT_MODEL,
-        help="a directory holding everything, a checkpoint file, or a hub id (default: %(default)s)",
+        help="a directory holding everything, a checkpoint file, a hub id, or demo (default: %(default)s)",
     )
 
 

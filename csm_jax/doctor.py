@@ -159,16 +159,16 @@ def _parts(source: str, files: ModelFiles) -> list[Finding]:
     from csm_jax import hub, pipeline
 
     beside = dataclasses.replace(files, local=True)  # then nothing is fetched
-    marked = hub.is_watermarked(source)
-    parts: tuple[tuple[str, Callable[[], Path], tuple[str, ...], tuple[str, ...]], ...] = (
+    findings, told = [], False
+    parts: list[tuple[str, Callable[[], Path], tuple[str, ...], tuple[str, ...]]] = [
         ("tokenizer", beside.tokenizer, hub.TOKENIZER_REPOS, (hub.TOKENIZER,)),
         ("mimi", lambda: pipeline.find_mimi(beside), (hub.MIMI_REPO,), (hub.MIMI,)),
-        ("watermark", beside.watermark_dir, (hub.WATERMARK_REPO,), _watermark_files()),
-    )[: 3 if marked else 2]
-    findings = (
-        [] if marked else [Finding("watermark", True, "none: the demo's audio is not marked")]
-    )
-    told = False
+    ]
+    if hub.is_watermarked(source):
+        mark = ("watermark", beside.watermark_dir, (hub.WATERMARK_REPO,), _watermark_files())
+        parts.append(mark)
+    else:
+        findings.append(Finding("watermark", True, "none: the demo's audio is not marked"))
     for name, find, repos, wanted in parts:
         try:
             findings.append(Finding(name, True, str(find())))

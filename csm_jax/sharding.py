@@ -176,7 +176,7 @@ def by_rows(function: Callable[..., Any], *args: Any) -> Any:
     For operations that XLA knows no rows of: it would gather a sort's whole batch on every device.
 
     Args:
-        function: Gives arrays with a row for each of theirs, and looks at one row at a time.
+        function: Gives arrays with rows first, made of the rows it is given alone.
         args: Trees of arrays with the rows first, all split as those of the first array are.
     """
     if not explicit_mesh():

@@ -53,10 +53,10 @@ def main() -> int:
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
-    sentence, dialogue, turns = args.out / "sentence.wav", args.out / "dialogue.wav", args.out
+    sentence, dialogue = args.out / "sentence.wav", args.out / "dialogue.wav"
     commands = (
         [args.text, "-o", str(sentence)],
-        ["--dialogue", str(DIALOGUE), "-o", str(dialogue), "--turns-dir", str(turns)],
+        ["--dialogue", str(DIALOGUE), "-o", str(dialogue), "--turns-dir", str(args.out)],
     )
     for words in commands:
         command = ["generate", "--model", hub.DEMO, "--temperature", "0.6", *words]
@@ -66,7 +66,7 @@ def main() -> int:
 
     spoken = [(sentence, args.text)]
     for i, (_, text) in enumerate(read_dialogue(DIALOGUE), start=1):
-        spoken.append((turns / f"turn-{i:02d}.wav", text))
+        spoken.append((args.out / f"turn-{i:02d}.wav", text))
     listen(spoken)
     picture = args.out / "demo.png"
     draw((sentence, dialogue), ("the sentence", "the dialogue"), picture)

@@ -129,7 +129,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="sesame/csm-1b",
         metavar="SOURCE",
-        help="a model directory, a checkpoint file, or a hub id (default: %(default)s)",
+        help="a model directory, a checkpoint file, a hub id, or demo (default: %(default)s)",
     )
     parser.add_argument("--layout", help="the checkpoint's layout, where its names cannot tell")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation")

@@ -17,7 +17,7 @@ exit status: 0 done, 2 error, 3 done but some rows failed, 130 interrupted
 
 examples:
   csm-jax eval test.jsonl --model ./csm-1b -o results
-  csm-jax eval test.jsonl --model ./demo -o results --vocabulary sentences.txt
+  csm-jax eval test.jsonl --model demo -o results --vocabulary sentences.txt
   csm-jax eval results/rows.jsonl -o strict --vocabulary sentences.txt --language-model unigram
   csm-jax eval results/rows.jsonl -o whisper --recogniser faster-whisper --recogniser-model DIR
   csm-jax eval results/rows.jsonl -o control --shuffle-text
@@ -69,7 +69,8 @@ def _add_speaking(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model",
         metavar="SOURCE",
-        help="a model directory, a checkpoint file, or a hub id; without it, the rows name recordings",
+        help="a model directory, a checkpoint file, a hub id, or demo; without it, the rows name "
+        "recordings",
     )
     group.add_argument("--layout", help="the checkpoint's layout, where its names cannot tell")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation")

@@ -136,12 +136,11 @@ def _open_recogniser(args: argparse.Namespace) -> Any:
 
 
 def _open_watermark(args: argparse.Namespace) -> Callable[[np.ndarray, int], bool] | None:
-    source = args.watermark_from if args.model is None else args.model
     from csm_jax import hub, pipeline
 
+    source = args.watermark_from if args.model is None else args.model
     if source is None or args.no_watermark or not hub.is_watermarked(source):
         return None
-
     watermarker = pipeline.load_watermarker(lambda: hub.locate_watermark(source))
     if watermarker is None:
         return None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.demo_voice.speech import VOICES, clips
-from recipes.demo_voice.text import HELD_OUT, sentences
+from recipes.demo_voice.text import HELD_OUT, Split, sentences
 
 VOCABULARY = "vocabulary.txt"
 _LANGUAGE_MODEL_SENTENCES = 3000
@@ -27,7 +27,7 @@ _LANGUAGE_MODEL_SENTENCES = 3000
 _AT_ONCE = 16
 
 
-def write_sentences(split: str, out: Path, *, count: int) -> Path:
+def write_sentences(split: Split, out: Path, *, count: int) -> Path:
     """Returns the manifest that it writes: speakers in turn, a seed each.
 
     Raises:
@@ -40,13 +40,13 @@ def write_sentences(split: str, out: Path, *, count: int) -> Path:
     rows = (
         {"id": f"{split}-{i:03d}", "text": each.text, "speaker": i // 2 % len(VOICES), "seed": i}
         # Kinds alternate, so speakers change every other sentence.
-        for i, each in enumerate(islice(sentences(split), count))  # pyright: ignore[reportArgumentType]
+        for i, each in enumerate(islice(sentences(split), count))
     )
     return _write_rows(out / f"{split}.jsonl", rows)
 
 
 def write_resynthesised(
-    codec_file: Path, speech: Path, split: str, out: Path, *, count: int
+    codec_file: Path, speech: Path, split: Split, out: Path, *, count: int
 ) -> Path:
     """Returns the manifest of recordings that went through a codec and back.
 
@@ -65,7 +65,7 @@ def write_resynthesised(
     _write_vocabulary(out)
 
     def rows() -> Iterator[dict[str, Any]]:
-        chosen = islice(clips(speech, split), count)  # pyright: ignore[reportArgumentType]
+        chosen = islice(clips(speech, split), count)
         number = 0
         while some := list(islice(chosen, _AT_ONCE)):
             audios = [audio.astype("float32") / 32768 for _, _, audio in some]
@@ -85,8 +85,8 @@ def write_resynthesised(
     return _write_rows(out / "rows.jsonl", rows())
 
 
-def _check(split: str, count: int) -> None:
-    if split not in ("dev", "test"):
+def _check(split: Split, count: int) -> None:
+    if split == "train":
         raise ValueError(f"the split must be dev or test, which are held out, not {split!r}")
     if not 1 <= count <= HELD_OUT:
         raise ValueError(f"a split has 1 to {HELD_OUT} sentences, not {count}")
