@@ -178,7 +178,10 @@ def filter_logits(
 
 def _lowest_ranked(scores: Array, params: SamplingParams, ranks: int) -> Array:
     """Returns per row the lowest score that top-k and top-p keep."""
-    ranked, _ = jax.lax.top_k(scores, ranks)  # best first
+    # Best first, read by their places: where nobody reads the places, XLA no longer sees that this is a top-k,
+    # and a CPU sorts all scores, 15 times as long and a tenth of a frame of 64 rows (jax 0.10.2).
+    _, places = jax.lax.top_k(scores, ranks)
+    ranked = jnp.take_along_axis(scores, places, axis=-1)
     top_k, top_p = params.top_k[:, None], params.top_p[:, None]
     kth = jnp.take_along_axis(ranked, jnp.clip(top_k, 1, ranks) - 1, axis=-1)
     kth = jnp.where(top_k == 0, -jnp.inf, kth)

@@ -14,6 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from csm_jax.array_typing import Array
 from csm_jax.sampling import (
     choose,
     filter_logits,
@@ -222,3 +223,19 @@ def test_the_largest_temperature_is_a_number_to_float32() -> None:
 def test_bad_seeds_are_refused(seed: object) -> None:
     with pytest.raises(ValueError, match="seed"):
         unchecked(request_keys)([seed])
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA makes of it for a CPU")
+def test_a_cpu_does_not_sort_all_scores() -> None:
+    def step(scores: Array, _: None) -> tuple[Array, None]:
+        return filter_logits(scores, params, codebook_size=2048, ranks=64), None
+
+    rows = 4
+    params = sampling_params(
+        temperature=[0.9] * rows, top_k=[50] * rows, top_p=[0.9] * rows, min_p=[0.0] * rows
+    )
+    scores = jnp.zeros((rows, 2051))
+    frame = jax.jit(lambda scores: jax.lax.scan(step, scores, length=3))
+    text = frame.lower(scores).compile().as_text()
+    assert 'custom_call_target="TopK"' in text
+    assert " sort(" not in text
