@@ -81,6 +81,24 @@ def table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
     return f"<h2>{html.escape(title)}</h2><table><tr>{first}</tr>{''.join(lines)}</table>"
 
 
+def check_plots(*, extra: str) -> None:
+    """Checks that plots can be drawn, before there is anything to lose.
+
+    Args:
+        extra: Of this package, with which matplotlib is installed.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message has the command.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise ImportError(
+            f"the report's plots need matplotlib: pip install 'csm_jax[{extra}]', or "
+            "pip install matplotlib"
+        ) from error
+
+
 def draw(plots: Mapping[str, Callable[[Axes], None]], *, extra: str) -> dict[str, bytes]:
     """Returns plots as PNG files, by what they show, which is their title as well.
 
@@ -91,13 +109,9 @@ def draw(plots: Mapping[str, Callable[[Axes], None]], *, extra: str) -> dict[str
     Raises:
         ImportError: matplotlib is not installed; the message has the command.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f"the report's plots need matplotlib: pip install 'csm_jax[{extra}]', or "
-            "pip install matplotlib"
-        ) from error
+    check_plots(extra=extra)
+    from matplotlib.figure import Figure
+
     found = {}
     for alt, plot in plots.items():
         figure = Figure(figsize=(6.4, 3.6), dpi=120, layout="constrained")

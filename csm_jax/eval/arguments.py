@@ -65,40 +65,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_speaking(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--model",
-        metavar="SOURCE",
-        help="a model directory, a checkpoint file, a hub id, or demo; without it, the rows name "
-        "recordings",
-    )
-    group.add_argument("--layout", help="the checkpoint's layout, where its names cannot tell")
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation")
-    group.add_argument(
-        "--slots", type=int, default=32, metavar="N", help="rows at a time (default: %(default)s)"
-    )
-    group.add_argument(
-        "--redraws",
-        type=int,
-        default=0,
-        metavar="N",
-        help="draw rows that run away again, so often at most (default: 0)",
-    )
-    group.add_argument("--voices", type=Path, metavar="DIR", help="the voice library")
-    group.add_argument("--mesh", metavar="AXES", help="devices to use, such as data=4,tensor=2")
+def speaking_options() -> list[argparse.Action]:
+    """Returns the options of what speaks."""
+    return _add_speaking(argparse.ArgumentParser().add_argument_group())
+
+
+def speaking_options_of(args: argparse.Namespace) -> list[str]:
+    """Returns the names of those that differ from their defaults, as they are written."""
+    return [
+        option.option_strings[0]
+        for option in speaking_options()
+        if getattr(args, option.dest) != option.default
+    ]
+
+
+def _add_speaking(group: argparse._ArgumentGroup) -> list[argparse.Action]:
+    """Returns the options that are added."""
+    add = group.add_argument
+    options = [
+        add(
+            "--model",
+            metavar="SOURCE",
+            help="a model directory, a checkpoint file, a hub id, or demo; without it, the rows name "
+            "recordings",
+        ),
+        add("--layout", help="the checkpoint's layout, where its names cannot tell"),
+        add("--dtype", choices=("float32", "bfloat16"), help="of the computation"),
+        add(
+            "--slots",
+            type=int,
+            default=32,
+            metavar="N",
+            help="rows at a time (default: %(default)s)",
+        ),
+        add(
+            "--redraws",
+            type=int,
+            default=0,
+            metavar="N",
+            help="draw rows that run away again, so often at most (default: 0)",
+        ),
+        add("--voices", type=Path, metavar="DIR", help="the voice library"),
+        add("--mesh", metavar="AXES", help="devices to use, such as data=4,tensor=2"),
+    ]
     for name, kind, default, told in SETTING_ARGUMENTS:
         shown = "" if default is None else f" (default: {default})"
-        group.add_argument(
-            name, type=kind, default=default, metavar="X", help=f"{told}{shown}; rows may say"
-        )
-    group.add_argument(
-        "--against",
-        metavar="SOURCE",
-        help="speak the rows with this model too, with the same seeds, and compare the codes",
-    )
-    group.add_argument(
-        "--against-dtype", choices=("float32", "bfloat16"), help="of that model's computation"
-    )
+        told = f"{told}{shown}; rows may say"
+        options.append(add(name, type=kind, default=default, metavar="X", help=told))
+    return [
+        *options,
+        add(
+            "--against",
+            metavar="SOURCE",
+            help="speak the rows with this model too, with the same seeds, and compare the codes",
+        ),
+        add(
+            "--against-dtype",
+            choices=("float32", "bfloat16"),
+            help="of that model's computation",
+        ),
+    ]
 
 
 def _add_hearing(group: argparse._ArgumentGroup) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csm_jax import __version__
-from csm_jax.eval.arguments import add_arguments
+from csm_jax.eval.arguments import add_arguments, speaking_options, speaking_options_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,6 +65,7 @@ def main(
         ]
     else:
         prepare = _prepare(args)
+        _check_comparable(args)
         spoken, speed = _speak(args, rows, prepare, args.out / AUDIO, open_synthesizer, on_progress)
         if args.against is not None:
             other, _ = _speak(args, rows, prepare, None, open_synthesizer, on_progress)
@@ -89,8 +90,13 @@ def main(
 
 
 def _check(args: argparse.Namespace) -> None:
+    from csm_jax.eval.metrics import align
+    from csm_jax.html_report import check_plots
     from csm_jax.text import normalise
 
+    check_plots(extra="eval")
+    if args.recogniser != "none":
+        align([], [])
     normalise("", language=args.language)  # an unknown language is the arguments' mistake
     if not 0 <= args.seed < 2**64:
         raise ValueError(f"--seed must be in [0, 2**64), got {args.seed}")
@@ -98,8 +104,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--slots must be at least 1, got {args.slots}")
     if args.redraws < 0:
         raise ValueError(f"--redraws must be 0 or more, got {args.redraws}")
-    if args.model is None and args.against is not None:
-        raise ValueError("--against compares two models: say with --model which is the first")
+    for name in (DOCUMENT, REPORT):
+        if (args.out / name).resolve() == args.manifest.resolve():
+            raise ValueError(f"{args.manifest} would be overwritten: give another -o")
+    if args.model is None and (idle := speaking_options_of(args)):
+        raise ValueError(
+            f"{', '.join(idle)}: say with --model who speaks; without it, the rows name recordings"
+        )
     if args.against is None and args.against_dtype is not None:
         raise ValueError("--against-dtype goes with --against")
     if args.model is not None and args.watermark_from is not None:
@@ -110,6 +121,22 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--pronunciations goes with --vocabulary")
     if args.vocabulary is None and args.language_model != "bigram":
         raise ValueError("--language-model goes with --vocabulary")
+
+
+def _check_comparable(args: argparse.Namespace) -> None:
+    # Said by `agreement` as well, but only after both have spoken.
+    if args.against is None:
+        return
+    from csm_jax import hub
+    from csm_jax.config import read_config
+
+    files = [hub.locate_config(source) for source in (args.model, args.against)]
+    one, other = (None if file is None else read_config(file).num_codebooks for file in files)
+    if one is not None and other is not None and one != other:
+        raise ValueError(
+            f"--against: {args.model} makes {one} codes a frame and {args.against} {other}: they cannot be "
+            "compared"
+        )
 
 
 # --- what hears --------------------------------------------------------------------------------
@@ -203,6 +230,10 @@ def _speak(
             "mesh": args.mesh,
         }
     )
+    if not other:  # what an earlier run left would tell of recordings that are overwritten now
+        for name in (DOCUMENT, REPORT, ROWS):
+            if (args.out / name).resolve() != args.manifest.resolve():
+                (args.out / name).unlink(missing_ok=True)
     with _Bar("speak again" if other else "speak", len(rows), on_progress) as bar:
         return speak(rows, synthesizer, prepare, directory, on_row=bar.step)
 
@@ -221,10 +252,13 @@ def _write(
     from csm_jax.eval.report import numbers, render
     from csm_jax.eval.summary import FORMAT, as_json, by_speaker, summarise
 
+    left_out = {"handler", "command", "debug", "manifest", "out", "watermark_key"}
+    if args.model is None:  # nothing is known of how recordings were made
+        left_out |= {option.dest for option in speaking_options()}
     settings = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()
-        if name not in ("handler", "command", "debug", "manifest", "out", "watermark_key")
+        if name not in left_out
     }
     summary = summarise(measured, seed=args.seed, speed=speed)
     document = {

@@ -30,7 +30,7 @@ def bigram(sentences: Iterable[Sequence[str]]) -> str:
     the sentences are possible, and the probabilities add up to 1.
 
     Raises:
-        ValueError: There is no word in them.
+        ValueError: There is no word in them, or none that follows another.
     """
     singles: Counter[str] = Counter()
     pairs: dict[str, Counter[str]] = {}
@@ -42,6 +42,11 @@ def bigram(sentences: Iterable[Sequence[str]]) -> str:
             pairs.setdefault(before, Counter())[after] += 1
     if not singles:
         raise ValueError("a language model needs sentences with words in them; there is none")
+    if all(set(after) == {END} for before, after in pairs.items() if before != START):
+        raise ValueError(
+            "a bigram model needs sentences of several words; these are single words, of which it would "
+            "learn that nothing follows any: give sentences, or take a unigram model"
+        )
     total = singles.total()
     alone = {word: count / total for word, count in singles.items()}
     # What discounting leaves to the words' own frequencies, after each word.

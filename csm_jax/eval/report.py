@@ -138,8 +138,8 @@ def _told(document: Mapping[str, Any]) -> list[str]:
         lines.append(f"Heard by {document['recogniser']}.")
     if document["settings"]["shuffle_text"]:
         lines.append(
-            "Negative control: each recording is compared with another sentence's text, so the error "
-            "rates should be near 100 %."
+            "Negative control: each recording is compared with another sentence's text, so the word error "
+            "rate should be about 100 %, or more. (Letters are alike in any two sentences.)"
         )
     return lines
 

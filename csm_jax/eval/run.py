@@ -205,16 +205,23 @@ def recorded(row: Row, audio: Path | None) -> Spoken:
 
 
 def shuffled(texts: Sequence[Sequence[str]], *, seed: int) -> list[Sequence[str]]:
-    """Returns the texts in another order, so that none stands where it stood: a negative control.
+    """Returns the texts in another order, so that each stands where another one stood: a negative control.
 
     Raises:
-        ValueError: There are fewer than two.
+        ValueError: More than half of them are the same.
     """
-    if len(texts) < 2:
-        raise ValueError("texts can be shuffled between sentences only if there are two or more")
-    order = np.random.default_rng(seed).permutation(len(texts))
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for place in map(int, np.random.default_rng(seed).permutation(len(texts))):
+        groups.setdefault(tuple(texts[place]), []).append(place)
+    most = max(map(len, groups.values()), default=0)
+    if 2 * most > len(texts) or not texts:
+        raise ValueError(
+            "texts can be shuffled between sentences only if no more than half of them are the same"
+        )
+    # Equal ones side by side, and all moved on by the size of the largest group.
+    order = [place for group in groups.values() for place in group]
     mixed: list[Sequence[str]] = list(texts)
-    for here, there in zip(order, np.roll(order, 1), strict=True):
+    for here, there in zip(order, [*order[-most:], *order[:-most]], strict=True):
         mixed[here] = texts[there]
     return mixed
 
@@ -276,5 +283,5 @@ def measure(
         found.heard = heard
         found.words = count_errors(align(said, heard))
         found.characters = count_errors(align(" ".join(said), " ".join(heard)))
-        found.repeated = max(0, repeats(heard) - repeats(said))
+        found.repeated = max(0, repeats(heard) - repeats(own))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import signal
@@ -16,12 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from csm_jax import cli, pipeline
+from csm_jax import cli, config, hub, pipeline
 from csm_jax.audio import write_audio
+from csm_jax.eval import run
 from csm_jax.eval.cli import add_arguments, main
 from csm_jax.synthesizer import Synthesizer
 from tests.support import synthesizer as support
 from tests.support.corpus import write_manifest
+from tests.support.model import short_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ("Good morning, my small friend.", "The red house has four doors.", "One, two, three!")
@@ -49,6 +52,7 @@ class Evaluate:
 @pytest.fixture
 def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
     monkeypatch.setenv("CSM_JAX_VOICES", str(tmp_path / "voices"))
+    monkeypatch.setattr(hub, "locate_config", lambda source: None)  # as a lone checkpoint
     return Evaluate(tmp_path / "out")
 
 
@@ -142,6 +146,8 @@ def test_a_model_speaks_and_its_recordings_can_be_judged_again(
     assert again(evaluate.out / "rows.jsonl", *hears, "--language-model", "unigram") == 0
     assert again.opened == []
     assert [each["id"] for each in again.document["rows"]] == ["r0", "r1", "r2"]
+    assert {"slots", "temperature"} <= found["settings"].keys()
+    assert not {"slots", "temperature"} & again.document["settings"].keys()
     for name in ("stop_rate", "repetition_rate", "seconds"):
         assert again.document["summary"][name] == figures[name]
 
@@ -172,6 +178,7 @@ def test_the_watermark_of_recordings_is_looked_for(
     ("words", "complaint"),
     [
         (["--against", "m"], "say with --model"),
+        (["--temperature", "0.6", "--slots", "3"], "--slots, --temperature: say with --model"),
         (["--model", "m", "--against-dtype", "float32"], "--against-dtype goes with"),
         (["--model", "m", "--watermark-from", "m"], "--watermark-from is for recordings"),
         (["--no-watermark", "--watermark-from", "m"], "exclude each other"),
@@ -190,6 +197,60 @@ def test_arguments_that_make_no_sense(
     with pytest.raises(ValueError, match=complaint):
         evaluate(noise, *words)
     assert not (evaluate.out / "eval.json").exists()
+
+
+@pytest.mark.parametrize("package", ["matplotlib.figure", "rapidfuzz.distance"])
+def test_missing_packages_are_told_before_anything_is_spoken(
+    evaluate: Evaluate, noise: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'csm_jax\[eval\]'"):
+        evaluate(noise, "--model", "m", "--no-watermark")
+    assert not evaluate.opened
+
+
+def test_models_that_cannot_be_compared_are_told_before_anything_is_spoken(
+    evaluate: Evaluate, noise: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = short_config()
+    fewer = dataclasses.replace(
+        sizes, num_codebooks=2, decoder=dataclasses.replace(sizes.decoder, max_seq_len=2)
+    )
+    monkeypatch.setattr(hub, "locate_config", Path)
+    monkeypatch.setattr(config, "read_config", {Path("m"): sizes, Path("n"): fewer}.get)
+    words = (noise, "--model", "m", "--against", "n", "--no-watermark", "--recogniser", "none")
+    with pytest.raises(ValueError, match="m makes 4 codes a frame and n 2"):
+        evaluate(*words)
+    assert not evaluate.opened
+
+
+def test_an_earlier_runs_figures_do_not_stay_beside_new_recordings(
+    evaluate: Evaluate, noise: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = ["eval.json", "report.html", "rows.jsonl"]
+    words = [noise, "--recogniser", "none"]
+    assert evaluate(*words) == 0
+    words += ["--model", "m", "--no-watermark", "--max-audio-length-ms", "160"]
+    with pytest.raises(ValueError, match="temperature"):
+        evaluate(*words, "--temperature", "-1")
+    assert sorted(path.name for path in evaluate.out.iterdir()) == figures  # nothing was spoken
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "speak", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*words)
+    assert not list(evaluate.out.iterdir())
+
+
+def test_a_manifest_is_not_overwritten(evaluate: Evaluate, noise: Path) -> None:
+    evaluate.out.mkdir()
+    manifest = evaluate.out / "eval.json"
+    manifest.write_bytes(noise.read_bytes())
+    with pytest.raises(ValueError, match="would be overwritten"):
+        evaluate(manifest, "--recogniser", "none", "--model", "m")
+    assert manifest.read_bytes() == noise.read_bytes()
 
 
 def test_the_command_says_what_is_wrong_in_one_line(

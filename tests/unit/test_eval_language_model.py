@@ -64,6 +64,8 @@ def test_a_unigram_finds_all_words_equally_likely() -> None:
 def test_without_words_there_is_no_model() -> None:
     with pytest.raises(ValueError, match="needs sentences with words"):
         bigram([[]])
+    with pytest.raises(ValueError, match="sentences of several words"):
+        bigram([["one"], ["two"]])
     with pytest.raises(ValueError, match="needs words"):
         unigram([])
 

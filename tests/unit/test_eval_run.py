@@ -243,8 +243,30 @@ def test_shuffled_texts_stand_nowhere_where_they_stood() -> None:
     assert sorted(mixed) == sorted(texts)
     assert all(one != other for one, other in zip(mixed, texts, strict=True))
     assert shuffled(texts, seed=3) == mixed != shuffled(texts, seed=4)
-    with pytest.raises(ValueError, match="two or more"):
-        shuffled(texts[:1], seed=0)
+
+
+def test_shuffled_texts_are_other_texts_even_if_some_are_the_same() -> None:
+    texts = [["a"], ["b"], ["a"], ["c"], ["b"], ["a"]]
+    for seed in range(20):
+        mixed = shuffled(texts, seed=seed)
+        assert sorted(mixed) == sorted(texts)
+        assert all(one != other for one, other in zip(mixed, texts, strict=True))
+    for bad in ([], texts[:1], [["a"], ["a"], ["b"]]):
+        with pytest.raises(ValueError, match="no more than half"):
+            shuffled(bad, seed=0)
+
+
+def test_stutter_is_what_the_rows_own_text_has_not(tmp_path: Path) -> None:
+    write_audio(tmp_path / "a.wav", noise(RATE), RATE)
+    found = measure(
+        row("very very good"),
+        Spoken(audio=tmp_path / "a.wav", finish_reason="eos", flags=()),
+        own=["very", "very", "good"],
+        said=["another", "text"],
+        recogniser=Ears({RATE: "very very good"}),
+        language="en",
+    )
+    assert found.repeated == 0
 
 
 # --- the figures -------------------------------------------------------------------------------
