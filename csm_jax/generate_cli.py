@@ -20,6 +20,7 @@ from csm_jax.interrupt import Interrupt
 if TYPE_CHECKING:
     import numpy as np
 
+    from csm_jax.config import CSMConfig
     from csm_jax.long_text import SpokenChunk
     from csm_jax.pipeline import Generator
     from csm_jax.prompt import Segment
@@ -43,15 +44,15 @@ def run(args: argparse.Namespace, interrupt: Interrupt) -> int:
     """
     # Everything that can be wrong is found before the model is loaded.
     voice = _voice(args)
-    turns = _turns(args, voice)
-    outputs = _outputs(args, len(turns))
+    said = _said(args, voice)
+    outputs = _outputs(args, len(said))
 
     from csm_jax import pipeline, sharding
     from csm_jax.audio import check_writable, write_audio
     from csm_jax.long_text import join_chunks
 
     context = [_context(*words) for words in args.context]
-    _check(args, turns)
+    turns = _turns(args, said, _check(args, len(said)))
     mesh = None if args.mesh is None else sharding.parse_mesh(args.mesh)
     with interrupt.writing():
         if args.turns_dir is not None:
@@ -130,11 +131,12 @@ def _voice(args: argparse.Namespace) -> Voice | None:
     return find_voice(args.voice, args.voices_dir)
 
 
-def _turns(args: argparse.Namespace, voice: Voice | None) -> list[_Turn]:
+def _turns(
+    args: argparse.Namespace, said: Sequence[tuple[int, str]], config: CSMConfig
+) -> list[_Turn]:
     from csm_jax.long_text import split_text
     from csm_jax.text import DEFAULT_MAX_CHARACTERS
 
-    said = _said(args, voice)
     turns = []
     for i, (speaker, text) in enumerate(said):
         where = f"turn {i + 1}: " if len(said) > 1 else ""
@@ -143,6 +145,7 @@ def _turns(args: argparse.Namespace, voice: Voice | None) -> list[_Turn]:
             max_characters=None if args.no_split else DEFAULT_MAX_CHARACTERS,
             normalise=not args.no_normalise,
             language=args.language,
+            config=config,
         )
         as_said = " ".join(chunk.text for chunk in chunks)
         if as_said.split() != text.split():
@@ -225,19 +228,22 @@ def _outputs(args: argparse.Namespace, count: int) -> list[Path]:
     return [args.output, *turns]
 
 
-def _check(args: argparse.Namespace, turns: Sequence[_Turn]) -> None:
+def _check(args: argparse.Namespace, turns: int) -> CSMConfig:
+    """Returns the model's sizes, CSM-1B's where a lone checkpoint does not say; checks the arguments."""
     # Again done by the generator, but only after minutes of loading.
     from csm_jax import hub
-    from csm_jax.config import read_config
+    from csm_jax.config import csm_1b, read_config
     from csm_jax.prompt import check_max_frames
     from csm_jax.request import Request, check_settings
 
-    for seed in (args.seed, args.seed + len(turns) - 1):
+    for seed in (args.seed, args.seed + turns - 1):
         request = Request(text="", speaker=0, seed=seed, **_settings(args))
         check_settings(request)
     file = hub.locate_config(args.model)
+    config = csm_1b() if file is None else read_config(file)
     if file is not None and args.max_audio_length_ms is not None:
-        check_max_frames(request.max_frames, config=read_config(file))
+        check_max_frames(request.max_frames, config=config)
+    return config
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

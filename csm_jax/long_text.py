@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from csm_jax import text as texts
+from csm_jax.config import CSMConfig
 from csm_jax.pipeline import GenerationError
 from csm_jax.prompt import Segment, check_text, segment_positions
-from csm_jax.request import Request
-from csm_jax.runaway import Flags
+from csm_jax.request import MOST_FRAMES, Request
+from csm_jax.runaway import Flags, frame_cap
 from csm_jax.synthesizer import Result, redraw_seed
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MARKS = 10  # tokens around a text: its begin and end, and the speaker in brackets
 _FAULTS = {
     Flags.REPETITION: "repeats itself",
     Flags.SILENCE: "is silent for long",
@@ -89,7 +91,13 @@ def speak_long(
     Raises:
         TypeError, ValueError, GenerationError: As `split_text` and `speak_chunks`.
     """
-    chunks = split_text(text, max_characters=max_characters, normalise=normalise, language=language)
+    chunks = split_text(
+        text,
+        max_characters=max_characters,
+        normalise=normalise,
+        language=language,
+        config=generator.config,
+    )
     return join_chunks(speak_chunks(generator, chunks, speaker, **options))
 
 
@@ -99,6 +107,7 @@ def split_text(
     max_characters: int | None = texts.DEFAULT_MAX_CHARACTERS,
     normalise: bool = True,
     language: str = "en",
+    config: CSMConfig | None = None,
 ) -> list[texts.Chunk]:
     """Returns the pieces in which a text is spoken; one, and as it is, if it is no longer than a piece.
 
@@ -107,6 +116,8 @@ def split_text(
         max_characters: The most of a piece; None makes all of it one.
         normalise: Whether to write it the way it is said (`csm_jax.text.normalise`).
         language: Of the text; used to normalise it.
+        config: Sizes of a model, which may hold only shorter ones: its positions are shared by text,
+            a token a character at worst, and speech (`csm_jax.runaway.frame_cap`).
 
     Raises:
         TypeError, ValueError: The text cannot be spoken, the language is not known, or
@@ -115,9 +126,21 @@ def split_text(
     check_text(text, "the text")
     if normalise:
         text = texts.normalise(text, language=language)
-    if max_characters is None or len(text) <= max_characters:
+    if max_characters is None:
         return [texts.Chunk(text, 0)]
-    return texts.chunks(text, max_characters=max_characters)
+    while True:
+        pieces = [texts.Chunk(text, 0)]
+        if len(text) > max_characters:
+            pieces = texts.chunks(text, max_characters=max_characters)
+        if config is None or max_characters < 2 * texts.LEAST_MAX_CHARACTERS:
+            return pieces
+        if all(_positions(piece.text) < config.backbone.max_seq_len for piece in pieces):
+            return pieces
+        max_characters //= 2
+
+
+def _positions(text: str) -> int:
+    return len(text) + _MARKS + min(frame_cap(text), MOST_FRAMES)
 
 
 def speak_chunks(

@@ -22,13 +22,13 @@ import numpy as np
 
 from csm_jax import config as csm_config
 from csm_jax import sharding
-from csm_jax.config import CSMConfig, Dtype
+from csm_jax.config import FRAME_MS, CSMConfig, Dtype
 from csm_jax.engine import Job
 from csm_jax.generate import PREFILL_BUCKETS, WINDOW_BUCKETS, bucket
 from csm_jax.jobs import JobMaker
 from csm_jax.model import param_shardings
 from csm_jax.prompt import Segment, TextTokenizer
-from csm_jax.request import Request, as_requests
+from csm_jax.request import MOST_FRAMES, Request, as_requests
 from csm_jax.slots import Programs, SlotSizes
 from csm_jax.synthesizer import Result, SynthesisError, Synthesizer
 from csm_jax.synthesizer_settings import SynthesizerSettings, default_settings
@@ -113,7 +113,7 @@ class Generator:
         text: str,
         speaker: int,
         context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
+        max_audio_length_ms: float | None = None,
         temperature: float = 0.9,
         topk: int = 50,
         *,
@@ -126,7 +126,8 @@ class Generator:
             text: What to say.
             speaker: Speaker id.
             context: Earlier turns, oldest first.
-            max_audio_length_ms: Longest audio.
+            max_audio_length_ms: Longest audio; None takes Sesame's 90 s, or half of the positions of a
+                model that has few.
             temperature: 0 is greedy.
             topk: Codes kept at each draw.
             on_progress: Called after every chunk.
@@ -142,7 +143,7 @@ class Generator:
             text=text,
             speaker=speaker,
             context=context,
-            max_audio_length_ms=max_audio_length_ms,
+            max_audio_length_ms=self._longest_ms(max_audio_length_ms),
             temperature=temperature,
             topk=topk,
         )
@@ -330,7 +331,7 @@ class Generator:
         text: str,
         speaker: int,
         context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
+        max_audio_length_ms: float | None = None,
         temperature: float = 0.9,
         topk: int = 50,
         *,
@@ -346,7 +347,8 @@ class Generator:
             text: What to say.
             speaker: Speaker id.
             context: Earlier turns, oldest first.
-            max_audio_length_ms: Longest audio.
+            max_audio_length_ms: Longest audio; None takes Sesame's 90 s, or half of the positions of a
+                model that has few.
             temperature: 0 is greedy.
             topk: Codes kept at each draw.
             chunk_frames: Frames (80 ms each) made between two pieces.
@@ -363,13 +365,19 @@ class Generator:
             text=text,
             speaker=speaker,
             context=context,
-            max_audio_length_ms=max_audio_length_ms,
+            max_audio_length_ms=self._longest_ms(max_audio_length_ms),
             temperature=temperature,
             topk=topk,
         )
         [job] = self._prepare([request])
         synthesizer = self._synthesizer([job], slots=1, chunk_frames=chunk_frames)
         return self._stream(synthesizer, job)
+
+    def _longest_ms(self, asked: float | None) -> float:
+        if asked is not None:
+            return asked
+        most = self.config.backbone.max_seq_len
+        return FRAME_MS * (MOST_FRAMES if 2 * most >= 3 * MOST_FRAMES else most // 2)
 
     def _stream(self, synthesizer: Synthesizer, job: Job) -> Iterator[np.ndarray]:
         try:

@@ -16,6 +16,9 @@ from csm_jax.runaway import frame_cap
 from csm_jax.sampling import ranks_needed, request_keys, sampling_params
 from csm_jax.voices import Voice
 
+MOST_FRAMES = 90_000 // FRAME_MS
+"""Of a request that gives no length: Sesame's own default."""
+
 FinishReason = Literal["eos", "length", "cancelled", "error"]
 """Why an utterance ended: the model said so; its cap, or a safety rule that `flags` names; whoever
 asked for it; or something went wrong."""
@@ -87,7 +90,7 @@ class Request:
             ValueError: Less than one frame, or no end, is asked for.
         """
         if self.max_audio_length_ms is None:
-            return min(frame_cap(self.text), _MOST_FRAMES)
+            return min(frame_cap(self.text), MOST_FRAMES)
         if not self.max_audio_length_ms >= FRAME_MS:
             raise ValueError(
                 f"max_audio_length_ms={self.max_audio_length_ms} is less than one frame ({FRAME_MS} ms)"
@@ -102,7 +105,6 @@ class Request:
 
 _NUMBERS = ("temperature", "topk", "top_p", "min_p", "seed")
 _MOST_MS = 1e9  # eleven days
-_MOST_FRAMES = 90_000 // FRAME_MS  # of a request that gives no length; Sesame's own default
 
 
 def as_requests(requests: Iterable[Request]) -> list[Request]:

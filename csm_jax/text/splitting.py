@@ -30,7 +30,7 @@ PARAGRAPH_PAUSE_MS = 800
 Véronis, Speech Prosody 2002): one at a comma, one at a full stop, a long one between paragraphs, less
 what the model itself leaves at the end of a piece."""
 
-_SHORTEST_LIMIT = 10
+LEAST_MAX_CHARACTERS = 10
 
 
 @dataclass(frozen=True)
@@ -266,8 +266,8 @@ def chunks(text: str, *, max_characters: int = DEFAULT_MAX_CHARACTERS) -> list[C
         ValueError: It is less than 10.
     """
     limit = operator.index(max_characters)
-    if limit < _SHORTEST_LIMIT:
-        raise ValueError(f"max_characters must be at least {_SHORTEST_LIMIT}, got {limit}")
+    if limit < LEAST_MAX_CHARACTERS:
+        raise ValueError(f"max_characters must be at least {LEAST_MAX_CHARACTERS}, got {limit}")
     made: list[Chunk] = []
     for paragraph in _paragraphs(text):
         made += _paragraph_chunks(paragraph, limit)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from csm_jax.config import CSMConfig
+from csm_jax.config import CSMConfig, csm_1b
 from csm_jax.long_text import (
     SpokenChunk,
     join_chunks,
@@ -139,6 +139,38 @@ def test_normalising_is_on_and_knows_languages() -> None:
 def test_what_cannot_be_split(text: str, options: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         split_text(text, **options)
+
+
+def test_a_model_of_few_positions_takes_shorter_pieces() -> None:
+    words = "a good word " * 30
+    for text in (words, "One. Two. " * 30, "LOUD " * 60):
+        for config, positions in ((csm_1b(), 2048), (with_positions(512), 512)):
+            pieces = split_text(text, normalise=False, config=config)
+            assert " ".join(piece.text for piece in pieces) == text.strip()
+            # As many tokens as characters, the marks around them, and what is spoken.
+            longest = max(len(piece.text) + 10 + frame_cap(piece.text) for piece in pieces)
+            assert longest < positions
+            assert positions == 512 or pieces == split_text(text, normalise=False)
+    assert len(split_text(words, normalise=False, config=with_positions(512))) < 6
+    # Where nothing is short enough, the request itself will say so.
+    assert split_text("One. Two. " * 30, config=with_positions(16))
+
+
+@pytest.mark.parametrize(("positions", "frames"), [(512, 256), (1200, 600), (2048, 1125)])
+def test_generate_asks_for_90_s_or_half_of_few_positions(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, positions: int, frames: int
+) -> None:
+    asked: list[Request] = []
+
+    def results(self: Generator, requests: Sequence[Request], **options: Any) -> list[Result]:
+        asked.extend(requests)
+        return [result(1)]
+
+    monkeypatch.setattr(Scripted, "generate_results", results)
+    generator = Scripted(tokenizer, with_positions(positions))
+    generator.generate("Hi.", 0)
+    generator.generate("Hi.", 0, max_audio_length_ms=800)
+    assert [request.max_frames for request in asked] == [frames, 10]
 
 
 # --- requests ----------------------------------------------------------------------------------
