@@ -54,6 +54,11 @@ def main() -> int:
 
     args.out.mkdir(parents=True, exist_ok=True)
     sentence, dialogue = args.out / "sentence.wav", args.out / "dialogue.wav"
+    spoken = [(sentence, args.text)]
+    for i, (_, text) in enumerate(read_dialogue(DIALOGUE), start=1):
+        spoken.append((args.out / f"turn-{i:02d}.wav", text))
+    for path in (dialogue, *(path for path, _ in spoken)):
+        path.unlink(missing_ok=True)  # a turn without audio would be heard in an earlier run's file
     commands = (
         [args.text, "-o", str(sentence)],
         ["--dialogue", str(DIALOGUE), "-o", str(dialogue), "--turns-dir", str(args.out)],
@@ -64,9 +69,6 @@ def main() -> int:
         if status := cli.main(command):
             return status
 
-    spoken = [(sentence, args.text)]
-    for i, (_, text) in enumerate(read_dialogue(DIALOGUE), start=1):
-        spoken.append((args.out / f"turn-{i:02d}.wav", text))
     listen(spoken)
     picture = args.out / "demo.png"
     draw((sentence, dialogue), ("the sentence", "the dialogue"), picture)

@@ -4,7 +4,7 @@ In the output directory:
 
     run.json            what the run is; it is gone on with only as that
     state.safetensors   the last checkpoint
-    codec.safetensors   the codec of that checkpoint, a Mimi in moshi's layout
+    codec.safetensors   the codec of that checkpoint, a Mimi in moshi's layout; none before it has codebooks
     log.jsonl           losses of training, and of the dev split at every checkpoint
     curves.png          the same, drawn
 
@@ -27,6 +27,7 @@ from typing import Any
 
 from csm_jax import pipeline
 from csm_jax.host_memory import keep_freed_memory
+from csm_jax.html_report import check_plots
 from recipes.demo_voice import codec_run
 from recipes.demo_voice.codec_plan import demo_plan
 from recipes.demo_voice.codec_run import Budget, Hooks, Stopped
@@ -36,7 +37,12 @@ EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 2, 130, 143
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, and returns the exit status: 130 after Ctrl-C and 143 after SIGTERM, with all saved."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    for name in ("minutes", "steps", "hours"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name} must be more than 0, got {value:g}")
     keep_freed_memory()
     caught: list[int] = []
 
@@ -49,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = _Progress()
     pipeline.enable_compilation_cache()  # going on compiles nothing again
     try:
+        check_plots(extra="eval")
         codec = codec_run.train(
             args.speech,
             args.out,
@@ -62,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         progress.note("interrupted: the same command goes on from the last checkpoint")
         return EXIT_INTERRUPTED
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         progress.note(f"codec: {error}")
         return EXIT_ERROR
     finally:

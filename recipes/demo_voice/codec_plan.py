@@ -123,8 +123,8 @@ class Crops:
             place = int(rng.integers(self._ends[-1]))
             clip = self._clips[int(np.searchsorted(self._ends, place, side="right"))]
             # Utterances are coded from their beginning: some of the crops are such.
-            first = 0 if rng.random() < _BEGINNINGS else int(rng.integers(len(clip)))
-            first = max(min(first, len(clip) - self._samples), 0)
+            last = max(len(clip) - self._samples, 0)
+            first = 0 if rng.random() < _BEGINNINGS else int(rng.integers(last + 1))
             piece = clip[first : first + self._samples]
             crop[: len(piece)] = piece
         return crops

@@ -97,7 +97,7 @@ def train(directory: Path, out: Path, *, plan: Plan, budget: Budget, hooks: Hook
 
     Raises:
         FileNotFoundError: There is no speech.
-        RunError: `out` holds another run.
+        RunError: `out` holds another run, or the budget is too small for a codec.
         DivergedError: The loss is no number any more.
         Stopped: `hooks.stopping` said so, and the run is saved.
         OSError: `out` cannot be written.
@@ -189,6 +189,11 @@ class _Run:
                     raise Stopped(f"stopped and saved at step {made:,}")
         finally:
             log.close()
+        if made <= self.plan.unquantised_steps:
+            raise RunError(
+                f"the budget ended at step {made:,}, before the codebooks start (after step "
+                f"{self.plan.unquantised_steps:,}): give more --steps or --minutes"
+            )
         return self.out / CODEC_NAME
 
     def _rate(self, step: int, share: float) -> float:
@@ -241,13 +246,14 @@ class _Run:
 
     def _save(self, state: TrainState, seconds: float) -> None:
         place(self.out / STATE_NAME, state_bytes(state, seconds))
-        save_mimi(
-            self.out / CODEC_NAME,
-            self.plan.training.mimi,
-            training.mimi_params(state),
-            layout="moshi",
-            overwrite=True,
-        )
+        if int(state.step) > self.plan.unquantised_steps:  # else it has no codebooks yet
+            save_mimi(
+                self.out / CODEC_NAME,
+                self.plan.training.mimi,
+                training.mimi_params(state),
+                layout="moshi",
+                overwrite=True,
+            )
         draw_curves(self.out)
 
 

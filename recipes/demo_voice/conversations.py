@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from csm_jax.corpus.files import place
 from csm_jax.data.sounds import read_member, tar_members
 from recipes.demo_voice.text import SPLITS, Split
 
@@ -33,9 +34,8 @@ def write_conversations(speech: Path, split: Split) -> Path:
     if not tars:
         raise FileNotFoundError(f"{speech} has no {split}-*.tar: make the speech first")
     path = speech / f"{split}.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for tar in tars:
-            file.writelines(json.dumps(each) + "\n" for each in _conversations(tar, split))
+    lines = (json.dumps(each) + "\n" for tar in tars for each in _conversations(tar, split))
+    place(path, "".join(lines).encode())
     return path
 
 

@@ -3,7 +3,7 @@
     python -m recipes.demo_voice.evaluation sentences --split dev --out DIR
     python -m recipes.demo_voice.evaluation codec --codec FILE --speech DIR --split dev --out DIR
 
-The first writes `SPLIT.jsonl`, which `csm-jax eval` has spoken, and `vocabulary.txt`, the sentences of which a
+The first writes `SPLIT.jsonl`, which `csm-jax eval` has spoken, and `sentences.txt`, those of which a
 recogniser's language model is made. The second writes `rows.jsonl` and `audio/`: recordings through the codec and
 back, which `csm-jax eval` hears.
 """
@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from csm_jax import hub
 from recipes.demo_voice.speech import VOICES, clips
 from recipes.demo_voice.text import HELD_OUT, Split, sentences
 
-VOCABULARY = "vocabulary.txt"
+SENTENCES = "sentences.txt"
 _LANGUAGE_MODEL_SENTENCES = 3000
-"""Sentences of the training text in `vocabulary.txt`; every word is among them many times."""
+"""Sentences of the training text in `sentences.txt`; every word is among them many times."""
 _AT_ONCE = 16
 
 
@@ -36,7 +38,7 @@ def write_sentences(split: Split, out: Path, *, count: int) -> Path:
     """
     _check(split, count)
     out.mkdir(parents=True, exist_ok=True)
-    _write_vocabulary(out)
+    _write_sentences_heard(out)
     rows = (
         {"id": f"{split}-{i:03d}", "text": each.text, "speaker": i // 2 % len(VOICES), "seed": i}
         # Kinds alternate, so speakers change every other sentence.
@@ -62,7 +64,7 @@ def write_resynthesised(
     _check(split, count)
     codec = JaxMimi(*load_mimi(codec_file))
     (out / "audio").mkdir(parents=True, exist_ok=True)
-    _write_vocabulary(out)
+    _write_sentences_heard(out)
 
     def rows() -> Iterator[dict[str, Any]]:
         chosen = islice(clips(speech, split), count)
@@ -92,9 +94,9 @@ def _check(split: Split, count: int) -> None:
         raise ValueError(f"a split has 1 to {HELD_OUT} sentences, not {count}")
 
 
-def _write_vocabulary(out: Path) -> None:
+def _write_sentences_heard(out: Path) -> None:
     lines = (" ".join(each.words) for each in islice(sentences("train"), _LANGUAGE_MODEL_SENTENCES))
-    (out / VOCABULARY).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / SENTENCES).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> Path:
@@ -116,9 +118,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"evaluation: {error}", file=sys.stderr)
         return 1
-    print(
-        f"{path}: {args.count} sentences; hear them with\n  csm-jax eval {path} --vocabulary {args.out / VOCABULARY}"
-    )
+    with path.open(encoding="utf-8") as file:
+        count = sum(1 for _ in file)
+    words = ["csm-jax", "eval", path, "-o", args.out / "lenient"]
+    words += ["--vocabulary", args.out / SENTENCES]
+    if args.action == "sentences":
+        words += ["--model", hub.DEMO, "--temperature", "0.6", "--max-audio-length-ms", "12000"]
+    print(f"{path}: {count} sentences; hear them with\n  {shlex.join(map(str, words))}")
     return 0
 
 

@@ -29,6 +29,17 @@ _SILENT = 0.01  # a step is silent whose RMS is below this share of the loudest 
 _FADE_IN_S, _FADE_OUT_S = 0.005, 0.060
 
 
+def levelling() -> dict[str, object]:
+    """Returns the numbers by which recordings are filtered, trimmed and levelled, by name."""
+    return {
+        "rumble_hz": list(_RUMBLE_HZ),
+        "top": list(_TOP),
+        "loudness": _LOUDNESS,
+        "silent": _SILENT,
+        "steps_s": [_BLOCK_S, _STEP_S, _FADE_IN_S, _FADE_OUT_S],
+    }
+
+
 def find_flite() -> str:
     """Returns the path of flite, which has the voices.
 

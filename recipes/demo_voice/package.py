@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def package(model: Path, out: Path) -> int:
 
     Args:
         model: A model directory of `csm-jax train`, with its codec and tokenizer.
-        out: The directory; other files in it, such as the model card, stay.
+        out: The directory; other files in it, such as the model card, stay. Nothing in it changes unless
+            all is made.
 
     Raises:
         FileNotFoundError: A part of the model is missing.
@@ -39,13 +41,19 @@ def package(model: Path, out: Path) -> int:
     files = hub.locate(model)
     tokenizer, mimi = files.tokenizer(), files.mimi()
     config, params = weights.load_checkpoint(files.checkpoint.parent)
-    weights.save_checkpoint(out, config, params, layout="sesame", dtype=DTYPE, overwrite=True)
-    save_mimi(out / hub.MIMI, *load_mimi(mimi, dtype=DTYPE), layout="moshi", overwrite=True)
-    shutil.copyfile(tokenizer, out / hub.TOKENIZER)
-    (out / hub.VOCABULARY).write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
-    size = sum(path.stat().st_size for path in out.iterdir())
-    if size > MAX_BYTES:
-        raise ValueError(f"{out} has {size:,} bytes, more than {MAX_BYTES:,}")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        made = Path(folder)
+        weights.save_checkpoint(made, config, params, layout="sesame", dtype=DTYPE, overwrite=True)
+        save_mimi(made / hub.MIMI, *load_mimi(mimi, dtype=DTYPE), layout="moshi")
+        shutil.copyfile(tokenizer, made / hub.TOKENIZER)
+        (made / hub.VOCABULARY).write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
+        files = {path.name: path for each in (out, made) for path in each.iterdir()}
+        size = sum(path.stat().st_size for path in files.values())
+        if size > MAX_BYTES:
+            raise ValueError(f"{out} would have {size:,} bytes, more than {MAX_BYTES:,}")
+        for path in sorted(made.iterdir()):
+            path.replace(out / path.name)
     return size
 
 

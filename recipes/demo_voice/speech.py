@@ -14,6 +14,7 @@ import io
 import json
 import random
 import shutil
+import signal
 import sys
 import tarfile
 import tempfile
@@ -23,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 
@@ -36,6 +38,7 @@ from recipes.demo_voice.flite import (
     PEAKS,
     VOICES,
     find_flite,
+    levelling,
     speak,
     version_of,
 )
@@ -281,6 +284,7 @@ def _plan(flite: str, clips_per_tar: int) -> dict[str, object]:
         "stretches": list(STRETCHES),
         "peaks": list(PEAKS),
         "kept_s": [BEFORE_S, AFTER_S],
+        "levelling": levelling(),
     }
 
 
@@ -343,16 +347,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--hours must be more than 0, got {args.hours:g}")
     if args.workers < 1:
         parser.error(f"--workers must be at least 1, got {args.workers}")
-    line = _Line()
+    line, pressed = _Line(), []
+
+    def press(signum: int, frame: FrameType | None) -> None:
+        # Raised at once, it could leave a lock of the threads' pool taken for ever. A second one does not wait.
+        pressed.append(signum)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+
+    def show(progress: Progress) -> None:
+        line.show(progress)
+        if pressed:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, press)
     try:
         try:
-            synthesize(args.out, hours=args.hours, workers=args.workers, on_progress=line.show)
+            synthesize(args.out, hours=args.hours, workers=args.workers, on_progress=show)
         finally:
             line.end()
-    except KeyboardInterrupt:
-        print("speech: interrupted; the same command goes on", file=sys.stderr)
-        return _EXIT_INTERRUPTED
-    except (OSError, RuntimeError, ValueError) as error:
+            signal.signal(signal.SIGINT, before)
+    except (KeyboardInterrupt, OSError, RuntimeError, ValueError) as error:
+        # On a terminal flite hears the key as well, and what it did not finish is an error.
+        if pressed or isinstance(error, KeyboardInterrupt):
+            print("speech: interrupted; the same command goes on", file=sys.stderr)
+            return _EXIT_INTERRUPTED
         print(f"speech: {error}", file=sys.stderr)
         return 1
     tars = {split: sorted(args.out.glob(f"{split}-*.tar")) for split in SPLITS}

@@ -194,8 +194,8 @@ def test_other_hours_take_the_speech_made_since(speech, tmp_path):
         run(more, out, Watch(stop_at=1))
     write_speech(more, "train", 5, tar=1)
     watch = Watch()
-    run(more, out, watch, steps=2, hours=7.0)
-    assert watch.steps == [2]
+    run(more, out, watch, steps=3, hours=7.0)
+    assert watch.steps == [2, 3]
     assert "in 13 recordings" in watch.notes[0]
 
 
@@ -207,11 +207,11 @@ def test_a_finished_run_is_left_as_it_is(speech, whole):
 
 def test_minutes_are_counted_over_all_runs(speech, tmp_path):
     budget = Budget(minutes=1e-3, steps=None)
-    watch = Watch()
-    train(speech, tmp_path, plan=plan(), budget=budget, hooks=watch.hooks())
+    watch, made = Watch(), plan(unquantised_steps=0)
+    train(speech, tmp_path, plan=made, budget=budget, hooks=watch.hooks())
     assert watch.steps
     again = Watch()
-    train(speech, tmp_path, plan=plan(), budget=budget, hooks=again.hooks())
+    train(speech, tmp_path, plan=made, budget=budget, hooks=again.hooks())
     assert again.steps == []
 
 
@@ -237,6 +237,18 @@ def test_crops_are_pieces_of_recordings_and_the_same_for_the_same_number():
     assert max(firsts) == 31  # the last that is whole
 
 
+def test_crops_begin_anywhere_alike():
+    clip = np.arange(1, 51, dtype=np.int16)
+    crops = Crops([clip], samples=20, seed=0)
+    starts = np.concatenate([crops.batch(number, 100)[:, 0] for number in range(60)])
+    counts = np.bincount(starts, minlength=32)[1:]
+    assert len(counts) == 31
+    # An eighth begins at the beginning; of the others each start has 170 +- 13.
+    assert 800 < counts[0] < 1_050
+    assert counts[1:].min() > 110
+    assert counts[1:].max() < 230
+
+
 def test_no_more_speech_is_held_than_asked_for(speech):
     every = load_clips(speech, "train", most=None, hours=1)
     assert len(every) == 8
@@ -251,6 +263,23 @@ def test_no_more_speech_is_held_than_asked_for(speech):
 def test_the_demo_voice_has_a_codec_of_few_values():
     sizes = demo_plan().training.mimi
     assert (sizes.num_codebooks, sizes.codebook_size, sizes.samples_per_frame) == (8, 512, 1920)
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--minutes", "-1"]])
+def test_a_budget_that_is_none(tmp_path, capsys, words):
+    with pytest.raises(SystemExit):
+        codec.main(["--speech", str(tmp_path), "--out", str(tmp_path / "out"), *words])
+    assert f"{words[0]} must be more than 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_ends_before_there_are_codebooks(speech, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(codec, "demo_plan", plan)
+    arguments = ["--speech", str(speech), "--out", str(tmp_path), "--steps", "2"]
+    assert codec.main(arguments) == 2
+    assert "before the codebooks start (after step 2)" in capsys.readouterr().err
+    assert not (tmp_path / codec_run.CODEC_NAME).exists()
+    assert (tmp_path / codec_run.STATE_NAME).exists()
 
 
 def test_missing_speech_is_said_in_a_line(tmp_path, capsys):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from csm_jax import hub, load_csm_1b, weights
 from csm_jax.audio import read_audio
+from csm_jax.eval.arguments import add_arguments
 from csm_jax.mimi.params import init_params as init_mimi
 from csm_jax.prompt import TextTokenizer
 from csm_jax.weights.mimi import load_mimi, save_mimi
@@ -96,17 +99,24 @@ def test_no_codec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_sentences_to_speak(tmp_path: Path) -> None:
+def test_sentences_to_speak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["sentences", "--split", "dev", "--count", "24", "--out", str(tmp_path)]
     assert evaluation.main(words) == 0
     rows = read(tmp_path / "dev.jsonl")
+    told, command = capsys.readouterr().out.splitlines()
+    assert "24 sentences" in told
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(shlex.split(command)[2:])
+    assert (args.manifest, args.model) == (tmp_path / "dev.jsonl", "demo")
+    assert args.vocabulary.is_file()
     assert [row["text"] for row in rows] == [each.text for each in islice(sentences("dev"), 24)]
     kinds = [each.kind for each in islice(sentences("dev"), 24)]
     # Both voices say both kinds.
     assert {(row["speaker"], kind) for row, kind in zip(rows, kinds, strict=True)} == {
         (0, "random"), (0, "template"), (1, "random"), (1, "template"),
     }  # fmt: skip
-    told = (tmp_path / evaluation.VOCABULARY).read_text().splitlines()
+    told = (tmp_path / evaluation.SENTENCES).read_text().splitlines()
     assert {word for line in told for word in line.split()} == set(VOCABULARY)
     held_out = {" ".join(each.words) for split in ("dev", "test") for each in sentences(split)}
     assert held_out.isdisjoint(told)
@@ -157,5 +167,10 @@ def test_a_package_that_is_too_large(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(package, "MAX_BYTES", 1_000_000)
-    assert package.main(["--model", str(model), "--out", str(tmp_path / "demo")]) == 1
+    out = tmp_path / "demo"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"the good one")
+    assert package.main(["--model", str(model), "--out", str(out)]) == 1
     assert "more than 1,000,000" in capsys.readouterr().err
+    assert [path.read_bytes() for path in out.iterdir()] == [b"the good one"]
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]

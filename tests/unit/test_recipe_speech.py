@@ -22,7 +22,7 @@ import pytest
 import soundfile
 
 from csm_jax.data.sources import open_source
-from recipes.demo_voice import text
+from recipes.demo_voice import flite, text
 from recipes.demo_voice.flite import (
     AFTER_S,
     BEFORE_S,
@@ -357,6 +357,14 @@ def test_more_hours_are_more_tars(stand_in: Path, made: Path, tmp_path: Path) ->
     after = tars(tmp_path / "more")
     assert len(after) == len(before) + 1
     assert before.items() <= after.items()
+
+
+def test_speech_of_another_loudness_is_not_mixed_in(
+    stand_in: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flite, "_LOUDNESS", 0.2)
+    with pytest.raises(ValueError, match="levelling"):
+        synthesize(made, hours=HOURS, workers=2, clips_per_tar=CLIPS)
 
 
 def test_other_speech_is_not_mixed_in(stand_in: Path, made: Path, tmp_path: Path) -> None:
