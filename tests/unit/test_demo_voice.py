@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,9 +21,9 @@ from recipes.demo_voice.text import sentences, words_of
 from recipes.demo_voice.words import VOCABULARY
 
 SENTENCES = 40
-HIGHEST_WER = 0.40
-"""Of the first development sentences, by the lenient recogniser. `csm_jax/demo_voice/README.md` has the figure of
-the test sentences."""
+HIGHEST_WER = 0.20
+"""Of the first development sentences, by the lenient recogniser: 0.105 (0.06 to 0.16) with the weights in the box. The
+card has the figure of 500 other sentences."""
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,26 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "not watermarked" in told.out
     assert "and not 'zebra'" in told.err
     assert len(read_audio(out)[0]) > 6_000
+
+
+def test_a_long_text_is_cut_into_what_it_can_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.wav"
+    text = "the small dog can sing in the garden and the cat will dance with my mother, " * 3
+    assert cli.main(["generate", text, "--model", "demo", "-o", str(out)]) == 0
+    assert "spoken in 3 pieces" in capsys.readouterr().err
+    assert len(read_audio(out)[0]) > 5 * 24_000
+
+
+def test_the_cards_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = hub.local_path(hub.DEMO)
+    assert directory is not None
+    card = (directory / "README.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "card", "exec"), {})
+    assert len(read_audio(tmp_path / "hello.wav")[0]) > 12_000
 
 
 def test_what_is_in_the_box() -> None:
