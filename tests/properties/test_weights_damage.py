@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,6 +110,7 @@ def test_torch(bad):
         read(Path(directory, "f"), TorchSource)
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")  # of pickletools
 @given(damage(PICKLE))
 @settings(max_examples=300, deadline=None)
 def test_pickle(bad):

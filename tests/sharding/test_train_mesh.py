@@ -28,10 +28,11 @@ CONFIG = dataclasses.replace(
 OPTIMIZER = training.optimizer(1e-3, 10, weight_decay=0.1, adam_epsilon=1e-3)
 METHODS: dict[str, Method] = {"full": Full(), "lora": Lora(LoraConfig()), "prefix": Prefix(4)}
 CASES = (
-    pytest.param("full", "fsdp=8", marks=pytest.mark.slow),  # the two below have its parts
-    ("full", "data=2,fsdp=4"),
-    ("full", "fsdp=4,tensor=2"),
-    # A minute of compiling each: what is sharded in them is tested with `full`.
+    ("full", "data=2,fsdp=2,tensor=2"),
+    # A minute of compiling each, and what is sharded in them is sharded above.
+    pytest.param("full", "fsdp=4,tensor=2", marks=pytest.mark.slow),
+    pytest.param("full", "fsdp=8", marks=pytest.mark.slow),
+    pytest.param("full", "data=2,fsdp=4", marks=pytest.mark.slow),
     pytest.param("lora", "fsdp=4,tensor=2", marks=pytest.mark.slow),
     pytest.param("prefix", "data=2,fsdp=4", marks=pytest.mark.slow),
 )

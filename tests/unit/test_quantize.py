@@ -32,6 +32,11 @@ def params_of(dtype: str = "float32") -> Params:
     return init_params(CONFIG, jax.random.key(0), dtype=jnp.dtype(dtype))
 
 
+@functools.cache
+def quantised(kind: str, dtype: str = "float32") -> Params:
+    return quantise(params_of(dtype), kind)
+
+
 def batch() -> tuple[Array, Array]:
     frames, mask = prompt(CONFIG, 3, 6)
     return jnp.asarray(frames)[None], jnp.asarray(mask)[None]
@@ -56,7 +61,7 @@ def projections(params: Params) -> dict[str, Any]:
 @pytest.mark.parametrize(("kind", "error"), [("nf4", 0.11), ("int4", 0.13), ("int8", 0.008)])
 def test_a_quantised_weight_is_near_the_weight(kind, error):
     # Relative root mean square over normal weights in blocks of 64; measured 0.093, 0.10 and 0.0067.
-    whole, coded = projections(params_of()), projections(quantise(params_of(), kind))
+    whole, coded = projections(params_of()), projections(quantised(kind))
     assert set(whole) == set(coded)
     for path, weight in whole.items():
         assert isinstance(coded[path], Quantised)
@@ -66,7 +71,7 @@ def test_a_quantised_weight_is_near_the_weight(kind, error):
 
 
 def test_only_projections_inside_blocks_are_quantised():
-    before, after = flatten(params_of()), flatten(quantise(params_of(), "nf4"))
+    before, after = flatten(params_of("float32")), flatten(quantised("nf4"))
     others = set(before) - set(projections(params_of()))
     assert {"backbone.text_embeddings", "decoder.audio_head", "backbone.final_norm"} <= others
     assert all(after[path] is before[path] for path in others)
@@ -76,7 +81,7 @@ def test_only_projections_inside_blocks_are_quantised():
 def test_memory(kind, bits):
     # Bits of the codes' type: an accelerator packs them, the CPU takes a byte each.
     whole = projections(params_of("bfloat16"))
-    coded = projections(quantise(params_of("bfloat16"), kind))
+    coded = projections(quantised(kind, "bfloat16"))
     weights = sum(weight.size for weight in whole.values())
     codes = sum(
         weight.array.qvalue.size * jnp.iinfo(weight.array.qvalue.dtype).bits
@@ -91,7 +96,7 @@ def test_memory(kind, bits):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_product_is_that_of_the_written_out_weight(dtype):
-    coded = projections(quantise(params_of(dtype), "nf4"))["backbone.layers.0.mlp.w_up"]
+    coded = projections(quantised("nf4", dtype))["backbone.layers.0.mlp.w_up"]
     x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 128)), dtype)
     got = jax.jit(project)(x, coded)
     assert got.dtype == x.dtype
@@ -104,12 +109,12 @@ def test_the_loss_is_near_that_of_the_float_weights():
     adapters = init_lora(CONFIG, LORA, jax.random.key(1))
     value = jax.jit(loss)
     whole = float(value(adapters, params_of()))
-    assert abs(float(value(adapters, quantise(params_of(), "int8"))) - whole) < 0.005 * whole
-    assert 0 < abs(float(value(adapters, quantise(params_of(), "nf4"))) - whole) < 0.05 * whole
+    assert abs(float(value(adapters, quantised("int8"))) - whole) < 0.005 * whole
+    assert 0 < abs(float(value(adapters, quantised("nf4"))) - whole) < 0.05 * whole
 
 
 def test_adapters_learn_over_quantised_weights():
-    params, adapters = quantise(params_of(), "nf4"), init_lora(CONFIG, LORA, jax.random.key(1))
+    params, adapters = quantised("nf4"), init_lora(CONFIG, LORA, jax.random.key(1))
     optimiser = optax.adam(3e-3)
 
     @jax.jit
@@ -124,14 +129,15 @@ def test_adapters_learn_over_quantised_weights():
         losses.append(float(value))
     assert losses[-1] < 0.3 * losses[0]
     # Merged with the rounded weights they were trained over, they act the same.
-    merged = merge_lora(params, adapters, LORA, dtype=None)
+    merged = jax.jit(lambda *trees: merge_lora(*trees, LORA, dtype=None))(params, adapters)
     assert all(isinstance(leaf, jax.Array) for leaf in flatten(merged).values())
     zeros = jax.tree.map(jnp.zeros_like, adapters)
-    assert float(loss(zeros, merged)) == pytest.approx(float(loss(adapters, params)), abs=1e-4)
+    value = jax.jit(loss)
+    assert float(value(zeros, merged)) == pytest.approx(float(value(adapters, params)), abs=1e-4)
 
 
 def test_no_written_out_weight_is_kept_for_the_gradient():
-    params, adapters = quantise(params_of(), "nf4"), init_lora(CONFIG, LORA, jax.random.key(1))
+    params, adapters = quantised("nf4"), init_lora(CONFIG, LORA, jax.random.key(1))
     mlp = params_of()["backbone"]["layers"]["0"]["mlp"]
     shapes = {weight.shape for weight in mlp.values()}  # which nothing else has
 

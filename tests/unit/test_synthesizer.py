@@ -623,6 +623,7 @@ def compiled() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow  # the slots' own test of this is not
 def test_after_warming_up_nothing_is_compiled(random_model: Path, compiled: list[str]) -> None:
     """With the codec and the watermark of a real model as well.
 

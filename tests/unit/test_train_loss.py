@@ -225,8 +225,9 @@ def test_the_end_frame_is_a_target():
     batch = training.row(CONFIG, [turns(1, (3, 4, True))], length=16)
     counts = count(batch)
     assert (float(counts.frames), float(counts.ends)) == (5, 1)
-    batch = jax.tree.map(jnp.asarray, batch)
-    sums = loss_sums(params(), batch, jax.random.key(0), config=CONFIG, loss=EVERY)
+    sums = jax.jit(loss_sums, static_argnames=("config", "loss"))(
+        params(), batch, jax.random.key(0), config=CONFIG, loss=EVERY
+    )
     assert float(sums.end_c0) > 1
     assert float(sums.end_decoder) > 1
 
@@ -271,7 +272,7 @@ def test_pieces_of_frames_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
             sums = loss_sums(p, batch, jax.random.key(0), config=CONFIG, loss=EVERY)
             return sums.decoder, (sums.decoder_codes, sums.end_decoder)
 
-        return jax.value_and_grad(decoder, has_aux=True)(params())
+        return jax.jit(jax.value_and_grad(decoder, has_aux=True))(params())
 
     whole, parts = both(256), both(7)
     assert float(whole[0][0]) > 10
@@ -284,12 +285,16 @@ def test_the_decoder_s_gradient_scales_as_the_loss_does_in_bfloat16() -> None:
     batch = training.row(CONFIG, [turns(3, (3, 20, True))], length=32)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
 
-    def gradient(scale: float) -> np.ndarray:
+    @jax.jit
+    def gradients(p, scale):
         def decoder(p):
             sums = loss_sums(p, batch, jax.random.key(0), config=CONFIG, loss=EVERY)
             return sums.decoder * scale
 
-        leaves = jax.tree.leaves(jax.grad(decoder)(half)["decoder"])
+        return jax.grad(decoder)(p)["decoder"]
+
+    def gradient(scale: float) -> np.ndarray:
+        leaves = jax.tree.leaves(gradients(half, scale))
         return np.concatenate([np.asarray(x, np.float64).ravel() for x in leaves])
 
     exact, odd = gradient(1 / 32) * 32, gradient(1 / 37) * 37  # 1/37 is no bfloat16

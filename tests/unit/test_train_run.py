@@ -216,7 +216,7 @@ def start(asked: RunSettings, cache: Path, *, most_bytes: int = 0) -> subprocess
     )
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_in_the_same_bits(place: Path, whole: Path, tmp_path: Path, kills: int):
     rng, out, killed = random.Random(kills), tmp_path / "run", 0
     asked = settings(place, out, save_steps=1)
