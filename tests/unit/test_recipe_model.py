@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from matplotlib import image
 
 from csm_jax import hub, load_csm_1b, weights
 from csm_jax.audio import read_audio
@@ -18,7 +19,7 @@ from csm_jax.eval.arguments import add_arguments
 from csm_jax.mimi.params import init_params as init_mimi
 from csm_jax.prompt import TextTokenizer
 from csm_jax.weights.mimi import load_mimi, save_mimi
-from recipes.demo_voice import base, codec_plan, conversations, evaluation, package
+from recipes.demo_voice import base, codec_plan, conversations, curves, evaluation, package
 from recipes.demo_voice.text import sentences
 from recipes.demo_voice.words import VOCABULARY
 from tests.unit.test_recipe_codec import write_speech
@@ -97,6 +98,21 @@ def test_no_codec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert base.main(words) == 1
     assert "train it first" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_curves_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert curves.main([str(tmp_path)]) == 1
+    assert "has no log.jsonl" in capsys.readouterr().err
+    (tmp_path / "log.jsonl").write_text("")
+    assert curves.main([str(tmp_path)]) == 1
+    assert "no step yet" in capsys.readouterr().err
+    found = {"c0": 2.0, "decoder": 3.0, "accuracy": 0.1, "eos_c0": None, "learning_rate": 1e-3}
+    lines = [{"kind": kind, "step": n, **found} for n in (1, 2) for kind in ("train", "eval")]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert curves.main([str(tmp_path)]) == 0
+    picture = image.imread(tmp_path / "curves.png")
+    assert picture.shape[:2] == (480, 880)
+    assert (picture[..., :3].std(axis=2) > 0.2).sum() > 100  # coloured lines
 
 
 def test_sentences_to_speak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
