@@ -10,7 +10,7 @@ in vain, and the caller still works on chunk n's codes while chunk n+1 is made.
 
 An engine knows prompts and codes, neither text nor audio (`csm_jax.synthesizer` does). It belongs to one
 thread. What a device failure hits fails with a reason; rows that only lost their state start again, and
-what they have given already is not given twice.
+what they have given already is not given twice. One state machine, so one file, long as it is.
 """
 
 from __future__ import annotations

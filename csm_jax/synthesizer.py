@@ -6,6 +6,7 @@
 `run` takes any number of requests and yields their results as they end; `stream` yields one request's
 audio while it is made; `csm_jax.synthesizer_async` does both for many callers of one event loop. What a
 row becomes depends on its own request, as far as `csm_jax.slots` says: every stage runs fixed programs.
+A request's way through the stages, failures included, is one story: the file is as long as that.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import json
 import time
 from collections.abc import Callable
@@ -26,10 +25,10 @@ from csm_jax.mimi.spectral_loss import spectral_loss
 from csm_jax.mimi.training import TrainingConfig, TrainState
 from csm_jax.train.log import LOG_NAME, Log
 from csm_jax.weights.mimi import save_mimi
+from recipes.demo_voice import curves
 from recipes.demo_voice.codec_plan import Crops, Plan, load_clips
 
 RUN_NAME, STATE_NAME, CODEC_NAME = "run.json", "state.safetensors", "codec.safetensors"
-CURVES_NAME = "curves.png"
 
 _LOG_STEPS = 20
 _DEV_BATCHES = 4
@@ -319,26 +318,14 @@ def draw_curves(out: Path) -> None:
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in (out / LOG_NAME).read_text().splitlines()]
-    drawn = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "eval")}
+    trained = [line for line in lines if line["kind"] == "train"]
     figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 3).flat
+    *axes, axis = figure.subplots(2, 3).flat
     names = ("convergence", "log", "mel", "semantic", "commitment")
-    for axis, name in zip(axes, names, strict=False):
-        for kind, style in (("train", "-"), ("eval", "o-")):
-            points = [(line["step"], line[name]) for line in drawn[kind] if name in line]
-            if points:
-                axis.plot(*zip(*points, strict=True), style, label=kind, markersize=3, linewidth=1)
-        axis.set(title=name, xlabel="step")
-        axis.grid(alpha=0.3)
-    axis = list(figure.axes)[-1]
-    for codebook, values in enumerate(
-        zip(*(line["perplexity"] for line in drawn["train"]), strict=True)
-    ):
-        axis.plot(
-            [line["step"] for line in drawn["train"]], values, label=str(codebook), linewidth=1
-        )
+    for each, name in zip(axes, names, strict=True):
+        curves.plot(each, lines, name, title=name)
+    for codebook, values in enumerate(zip(*(line["perplexity"] for line in trained), strict=True)):
+        axis.plot([line["step"] for line in trained], values, label=str(codebook), linewidth=1)
     axis.set(title="codes used by each codebook (perplexity)", xlabel="step")
     axis.legend(fontsize=7, ncols=2)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=80)
-    place(out / CURVES_NAME, picture.getvalue())
+    curves.write(figure, out)

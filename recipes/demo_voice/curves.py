@@ -6,13 +6,17 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from csm_jax.corpus.files import place
 from csm_jax.html_report import check_plots
 from csm_jax.train.log import LOG_NAME
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 NAME = "curves.png"
 _PANELS = {
@@ -47,18 +51,28 @@ def draw(run: Path) -> Path:
         raise ValueError(f"{log} has no step yet")
     figure = Figure(figsize=(11, 6), layout="constrained")
     for axis, (name, title) in zip(figure.subplots(2, 3).flat, _PANELS.items(), strict=True):
-        for kind, style in (("train", "-"), ("eval", "o-")):
-            points = [
-                (line["step"], line[name])
-                for line in lines
-                if line.get("kind") == kind and line.get(name) is not None
-            ]
-            if points:
-                axis.plot(*zip(*points, strict=True), style, label=kind, markersize=3, linewidth=1)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=7)
+        plot(axis, lines, name, title=title)
+    return write(figure, run)
+
+
+def plot(axis: Axes, lines: Sequence[Mapping[str, Any]], name: str, *, title: str) -> None:
+    """Draws a figure of a log's lines over their steps, of training and of evaluations."""
+    for kind, style in (("train", "-"), ("eval", "o-")):
+        points = [
+            (line["step"], line[name])
+            for line in lines
+            if line.get("kind") == kind and line.get(name) is not None
+        ]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, label=kind, markersize=3, linewidth=1)
+    axis.set(title=title, xlabel="step")
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend(fontsize=7)
+
+
+def write(figure: Figure, run: Path) -> Path:
+    """Returns the picture that it writes into a run's directory, whole or not at all."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=80)
     place(run / NAME, picture.getvalue())

@@ -48,8 +48,8 @@ def package(model: Path, out: Path) -> int:
         save_mimi(made / hub.MIMI, *load_mimi(mimi, dtype=DTYPE), layout="moshi")
         shutil.copyfile(tokenizer, made / hub.TOKENIZER)
         (made / hub.VOCABULARY).write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
-        files = {path.name: path for each in (out, made) for path in each.iterdir()}
-        size = sum(path.stat().st_size for path in files.values())
+        after = {path.name: path for each in (out, made) for path in each.iterdir()}
+        size = sum(path.stat().st_size for path in after.values())
         if size > MAX_BYTES:
             raise ValueError(f"{out} would have {size:,} bytes, more than {MAX_BYTES:,}")
         for path in sorted(made.iterdir()):
