@@ -9,7 +9,8 @@ Source of the format: SesameAILabs/csm `generator.py`.
 
 What is not text is refused rather than repaired: control characters other than tab and line breaks,
 and the written names of the tokenizer's control tokens, such as `<|end_of_text|>`, which would
-become those tokens. Brackets are text: `[3]` inside a text is read as written and switches no speaker. Format, limits and what is refused stand in this one file, so that they agree.
+become those tokens. Brackets are text: `[3]` inside a text is read as written and switches no speaker.
+Format, limits and what is refused stand in this one file, so that they agree.
 """
 
 from __future__ import annotations

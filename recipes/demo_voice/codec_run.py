@@ -326,6 +326,6 @@ def draw_curves(out: Path) -> None:
         curves.plot(each, lines, name, title=name)
     for codebook, values in enumerate(zip(*(line["perplexity"] for line in trained), strict=True)):
         axis.plot([line["step"] for line in trained], values, label=str(codebook), linewidth=1)
-    axis.set(title="codes used by each codebook (perplexity)", xlabel="step")
+    axis.set(title="perplexity of each codebook", xlabel="step")
     axis.legend(fontsize=7, ncols=2)
     curves.write(figure, out)
