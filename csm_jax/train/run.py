@@ -329,7 +329,7 @@ class _Run:
         self.skipped = self.skipped + 1 if values["skipped"] else 0
         if self.skipped >= _MOST_SKIPPED:
             raise DivergedError(
-                f"gradient or update were not finite for {self.skipped} steps up to {step:,}, which "
+                f"the gradient was not finite for {self.skipped} steps up to {step:,}, which "
                 f"moved nothing: {_BEGIN_AGAIN}"
             )
 
@@ -341,12 +341,12 @@ class _Run:
         skipped = self.steps - updates_made(state.moments)
         if skipped == self.steps:
             raise DivergedError(
-                f"gradient or update were not finite in any of the {skipped:,} steps, and nothing "
+                f"the gradient was not finite in any of the {skipped:,} steps, and nothing "
                 f"was trained: {_BEGIN_AGAIN}"
             )
         if skipped:
             self.hooks.note(
-                f"{skipped:,} of {self.steps:,} steps were not finite and moved nothing"
+                f"in {skipped:,} of {self.steps:,} steps the gradient was not finite, and nothing moved"
             )
 
     # --- looking at it --------------------------------------------------------------------------

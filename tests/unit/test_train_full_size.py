@@ -67,7 +67,6 @@ def test_one_frame_in_16_costs_what_it_should():
     assert exact == pytest.approx(told, rel=0.1)
 
 
-@pytest.mark.xfail(strict=True, reason="temporaries are 4.0 times the weights; it is not known why")
 def test_the_memory_of_full_fine_tuning():
     # The whole step compiled from shapes: what XLA would allocate for one row, computed in float32.
     optimizer = training.optimizer(1e-5, 2)
@@ -95,10 +94,10 @@ def test_the_memory_of_full_fine_tuning():
     }
     print({name: f"{size:.3f} times the weights" for name, size in sizes.items()})
     # Weights and two moments, updated in place; beside them the gradient of the micro-batch, the sum of all,
-    # and activations.
+    # and activations. 2.5; a new state that waits beside the old makes it 4.
     assert sizes["alias"] == pytest.approx(3, rel=0.001)
     assert sizes["argument"] == pytest.approx(3, rel=0.001)
-    assert 1 < sizes["temp"] < 3.5
+    assert 1 < sizes["temp"] < 3
 
 
 def test_a_step_of_lora_runs_in_24_gib():
