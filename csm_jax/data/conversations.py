@@ -12,7 +12,7 @@ Messages are in time order. A message has text, several of them joined by a spac
 audio: a file, a part of one (`start`, `end` in seconds), a member of a tar (`shard.tar#member`), or
 `codes`, a list [frames, codebooks] or a .npy file of one, without an end frame. Paths are relative to
 the file's directory. Without `training_mask` every message is trained. Optional keys of a line: `id`,
-`weight` (of its frames in the loss), `split`, `lang`.
+`weight` (of its frames in the loss, from 1e-6 to 1e6), `split`, `lang`.
 
 Two other kinds are recognised: preferences, with `chosen` and `rejected` messages after the context in
 `messages`, and prompts for reinforcement learning, whose last message has no audio.
@@ -21,7 +21,6 @@ Two other kinds are recognised: preferences, with `chosen` and `rejected` messag
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +34,8 @@ MAX_LINE_BYTES = 1 << 26
 
 Kind = Literal["speech", "preference", "prompt"]
 
+# Far from where float32 sums of weighted losses overflow, or weights vanish.
+_WEIGHTS = (1e-6, 1e6)
 _ROLE = re.compile(r"speaker_(\d{1,9})", re.ASCII)
 _LINE = {"messages", "training_mask", "id", "weight", "split", "lang", "chosen", "rejected"}
 _MESSAGE = {"role", "content"}
@@ -178,8 +179,10 @@ def as_conversation(given: Any, base: Path) -> Conversation:
     elif not listed:
         problems.append("messages is empty")
     weight = given.get("weight", 1.0)
-    if type(weight) not in (int, float) or not 0 < weight < math.inf:
-        problems.append(f"weight must be a number above 0, got {_shown(weight)}")
+    if type(weight) not in (int, float) or not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
+        problems.append(
+            f"weight must be a number from {_WEIGHTS[0]:g} to {_WEIGHTS[1]:g}, got {_shown(weight)}"
+        )
     names = {name: _name(given.get(name), name, problems) for name in ("id", "split", "lang")}
     if problems:
         raise SchemaError(problems)
